@@ -1,0 +1,161 @@
+"""Random models small enough to learn on two CPU cores, as complete Hugging Face directories.
+
+Named in ``model.factory``: the directory is written where ``model.path`` does not exist. The tokenizer is trained on
+the words of the digits task, so that its questions are short.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import tempfile
+from pathlib import Path
+
+import torch
+
+from megarl.config import DataConfig
+from megarl.tasks.digits import Digits
+from megarl.utils import torchvision_cpu
+
+torchvision_cpu.install()
+
+import transformers  # noqa: E402
+from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, trainers  # noqa: E402
+from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil  # noqa: E402
+
+SPECIAL_TOKENS = [
+    "<|endoftext|>",
+    "<|im_start|>",
+    "<|im_end|>",
+    "<|vision_start|>",
+    "<|vision_end|>",
+    "<|vision_pad|>",
+    "<|image_pad|>",
+    "<|video_pad|>",
+]
+QWEN_WORDS = (  # Qwen2's pre-tokenizer: words take their leading space, digits stand alone
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+INIT_STD = 0.08  # about hidden_size ** -0.5; with the usual 0.02 so small a model stays blind twice as long
+CHAT_TEMPLATE = (
+    "{% for message in messages %}<|im_start|>{{ message['role'] }}\n"
+    "{% if message['content'] is string %}{{ message['content'] }}"
+    "{% else %}{% for part in message['content'] %}"
+    "{% if part['type'] == 'image' %}<|vision_start|><|image_pad|><|vision_end|>"
+    "{% elif part['type'] == 'video' %}<|vision_start|><|video_pad|><|vision_end|>"
+    "{% else %}{{ part['text'] }}{% endif %}{% endfor %}{% endif %}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+
+
+def _corpus() -> list[str]:
+    lines = ["user\n", "assistant\n", "system\n", "You are a helpful assistant."]
+    for mode in ("list", "sum"):
+        for style in ("direct", "think"):
+            task = Digits("digits", DataConfig(), mode=mode, style=style)
+            for message in task.messages():
+                content = message["content"]
+                lines += [content] if isinstance(content, str) else [p["text"] for p in content if "text" in p]
+            lines.append(task.response([1, 2, 3]))
+    return lines
+
+
+def tokenizer() -> transformers.PreTrainedTokenizerFast:
+    """A byte-level BPE in which the words of the digits task are whole and every digit is one token."""
+    bpe = Tokenizer(models.BPE())
+    split = pre_tokenizers.Split(Regex(QWEN_WORDS), behavior="isolated")
+    bpe.pre_tokenizer = pre_tokenizers.Sequence([split, pre_tokenizers.ByteLevel(False, use_regex=False)])
+    bpe.decoder = decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(
+        vocab_size=512 - len(SPECIAL_TOKENS), min_frequency=1, initial_alphabet=sorted(alphabet), show_progress=False
+    )
+    bpe.train_from_iterator(_corpus(), trainer)
+    bpe.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in SPECIAL_TOKENS])
+    fast = transformers.PreTrainedTokenizerFast(
+        tokenizer_object=bpe, eos_token="<|im_end|>", pad_token="<|endoftext|>", model_max_length=2048
+    )
+    fast.chat_template = CHAT_TEMPLATE
+    return fast
+
+
+def qwen2_5_vl(path: str | Path, seed: int = 0) -> None:
+    """Write a random Qwen2.5-VL (about 0.7 M parameters) to ``path``; the directory appears whole or not at all."""
+    words = tokenizer()
+    ids = {token: words.convert_tokens_to_ids(token) for token in SPECIAL_TOKENS}
+    text = {
+        "vocab_size": len(words),
+        "hidden_size": 128,
+        "intermediate_size": 256,
+        "num_hidden_layers": 3,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "max_position_embeddings": 2048,
+        "rope_theta": 10000.0,
+        "rope_parameters": {"rope_type": "default", "mrope_section": [4, 6, 6], "rope_theta": 10000.0},
+        "bos_token_id": None,
+        "eos_token_id": ids["<|im_end|>"],
+        "pad_token_id": ids["<|endoftext|>"],
+        "tie_word_embeddings": True,
+        "initializer_range": INIT_STD,
+    }
+    vision = {
+        "depth": 2,
+        "hidden_size": 64,
+        "intermediate_size": 128,
+        "num_heads": 4,
+        "patch_size": 14,
+        "spatial_merge_size": 2,
+        "temporal_patch_size": 2,
+        "window_size": 112,
+        "fullatt_block_indexes": [1],  # block 0 attends within windows
+        "out_hidden_size": 128,
+        "initializer_range": INIT_STD,
+    }
+    config = transformers.Qwen2_5_VLConfig(
+        text_config=text,
+        vision_config=vision,
+        image_token_id=ids["<|image_pad|>"],
+        video_token_id=ids["<|video_pad|>"],
+        vision_start_token_id=ids["<|vision_start|>"],
+        vision_end_token_id=ids["<|vision_end|>"],
+        vision_token_id=ids["<|vision_pad|>"],
+        tie_word_embeddings=True,
+    )
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        model = transformers.Qwen2_5_VLForConditionalGeneration(config).float()
+    model.generation_config = transformers.GenerationConfig(
+        eos_token_id=[ids["<|im_end|>"], ids["<|endoftext|>"]], pad_token_id=ids["<|endoftext|>"]
+    )
+    pixels = {
+        "patch_size": 14,
+        "merge_size": 2,
+        "temporal_patch_size": 2,
+        "min_pixels": 28**2,
+        "max_pixels": 64 * 28**2,
+    }
+    pixels |= {"image_mean": [0.1307] * 3, "image_std": [0.3081] * 3}  # MNIST's
+    processor = transformers.Qwen2_5_VLProcessor(
+        image_processor=transformers.Qwen2VLImageProcessor(**pixels),
+        tokenizer=words,
+        video_processor=transformers.Qwen2VLVideoProcessor(**pixels),
+        chat_template=CHAT_TEMPLATE,
+    )
+    _write(Path(path), model, processor, Qwen2VLImageProcessorPil(**pixels))
+
+
+def _write(path: Path, *parts: object) -> None:
+    """Save ``parts`` into a folder beside ``path`` and rename it; leaves an existing ``path`` as it is."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    folder = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
+    try:
+        for part in parts:
+            part.save_pretrained(folder)
+        folder.chmod(0o755)
+        os.rename(folder, path)
+    except OSError:
+        if not path.is_dir():  # else another process was first with the same files
+            raise
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)

@@ -1,0 +1,144 @@
+"""Live weights under their Hugging Face names, for weight sync and for writing Hugging Face directories.
+
+Everything here reads parameters as they are. With ``overlap_param_gather`` the all-gather of the last optimizer step
+may still be due: the caller runs ``ddp.start_param_sync(force_sync=True)`` first, or gets weights that are a step old.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from itertools import groupby
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from megatron.core import parallel_state
+from torch import Tensor, nn
+
+from megarl.checkpoint.huggingface import parameters_of
+from megarl.models.mapping import Mapping
+
+BUCKET_BYTES = 512 << 20
+
+Bucket = list[tuple[str, Tensor]]
+
+
+def _gather_shards(parameters: list[Tensor]) -> list[list[Tensor]]:
+    """The shards of each parameter in order of tensor-parallel rank, with one all-gather for each dtype."""
+    size = parallel_state.get_tensor_model_parallel_world_size()
+    if size == 1:
+        return [[parameter] for parameter in parameters]
+    shards: list[list[Tensor]] = [[] for _ in parameters]
+    order = sorted(range(len(parameters)), key=lambda i: str(parameters[i].dtype))
+    for _, members in groupby(order, key=lambda i: parameters[i].dtype):
+        indices = list(members)
+        flat = torch.cat([parameters[i].reshape(-1) for i in indices])
+        gathered = flat.new_empty(size, flat.numel())
+        group = parallel_state.get_tensor_model_parallel_group()
+        dist.all_gather_into_tensor(gathered, flat, group=group)
+        columns = gathered.split([parameters[i].numel() for i in indices], dim=1)
+        for i, column in zip(indices, columns, strict=True):
+            shards[i] = [row.view(parameters[i].shape) for row in column.contiguous().unbind(0)]
+    return shards
+
+
+def _is_tied_copy(model: nn.Module, parameter: nn.Parameter) -> bool:
+    """Whether this is the last pipeline stage's copy of the embedding, which the first stage exports."""
+    tied = model.share_embeddings_and_output_weights and not model.pre_process
+    return tied and parameter is model.shared_embedding_or_output_weight()
+
+
+@torch.no_grad()
+def export_tensors(
+    model: nn.Module,
+    mappings: list[Mapping],
+    *,
+    bucket_bytes: int = BUCKET_BYTES,
+    dtype: torch.dtype | None = None,
+) -> Iterator[Bucket]:
+    """Whole tensors of this pipeline stage under their Hugging Face names, in buckets of about ``bucket_bytes``.
+
+    Every rank of the tensor-parallel group calls it and exhausts it: a bucket is one all-gather. All of them get the
+    same buckets; the other stages yield their own tensors, and each tensor comes from exactly one stage. ``dtype`` None
+    keeps the parameters'. A tensor may be a view of the live parameter: copy what must outlive the next step.
+    ``model`` is the unwrapped module.
+    """
+    local = parameters_of(model, model.global_name)
+    own = [mapping for mapping in mappings if any(not _is_tied_copy(model, p) for p in local.get(mapping.megatron, []))]
+    size = parallel_state.get_tensor_model_parallel_world_size()
+    bucket: list[Mapping] = []
+    num_bytes = 0
+
+    def emit() -> Bucket:
+        split = [mapping for mapping in bucket if mapping.shard_dim is not None]
+        gathered = _gather_shards([local[mapping.megatron][0].detach() for mapping in split]) if split else []
+        shards = {mapping.megatron: parts for mapping, parts in zip(split, gathered, strict=True)}
+        tensors: Bucket = []
+        for mapping in bucket:
+            name = mapping.megatron
+            whole = mapping.join(shards[name]) if name in shards else local[name][0].detach()
+            tensors += [(key, t if dtype is None else t.to(dtype)) for key, t in mapping.to_hf(whole).items()]
+        return tensors
+
+    for mapping in own:
+        parameter = local[mapping.megatron][0]
+        whole_bytes = parameter.nbytes * (1 if mapping.shard_dim is None else size)
+        if bucket and num_bytes + whole_bytes > bucket_bytes:
+            yield emit()
+            bucket, num_bytes = [], 0
+        bucket.append(mapping)
+        num_bytes += whole_bytes
+    if bucket:
+        yield emit()
+
+
+def _send_bucket(bucket: Bucket, destination: int, group: dist.ProcessGroup) -> None:
+    header = [(name, tuple(tensor.shape), tensor.dtype) for name, tensor in bucket]
+    dist.send_object_list([header], dst=destination, group=group)
+    for _, tensor in bucket:
+        dist.send(tensor.contiguous(), dst=destination, group=group)
+
+
+def _receive_bucket(source: int, group: dist.ProcessGroup, device: torch.device) -> Bucket | None:
+    """The next bucket of a stage, None after its last."""
+    header: list[Any] = [None]
+    dist.recv_object_list(header, src=source, group=group)
+    if header[0] is None:
+        return None
+    bucket = [(name, torch.empty(shape, dtype=dtype, device=device)) for name, shape, dtype in header[0]]
+    for _, tensor in bucket:
+        dist.recv(tensor, src=source, group=group)
+    return bucket
+
+
+def export_to_rank_zero(
+    model: nn.Module,
+    mappings: list[Mapping],
+    *,
+    bucket_bytes: int = BUCKET_BYTES,
+    dtype: torch.dtype | None = None,
+) -> Iterator[tuple[str, Tensor]]:
+    """Every tensor of the whole model, one at a time, on rank 0 of the world; nothing on the other ranks.
+
+    Every rank calls it and exhausts it. Stages send one bucket after another to rank 0, which asks for the next only
+    when it has consumed the last: it never holds more than two buckets. Only the first data-parallel replica works.
+    """
+    if parallel_state.get_data_parallel_rank() != 0:
+        return
+    group = parallel_state.get_pipeline_model_parallel_group()
+    stages = dist.get_process_group_ranks(group)
+    rank = dist.get_rank()
+    buckets = export_tensors(model, mappings, bucket_bytes=bucket_bytes, dtype=dtype)
+    device = next(model.parameters()).device
+    if rank == stages[0]:  # the first stage's other tensor-parallel ranks only take part in the all-gathers
+        for bucket in buckets:
+            yield from bucket if rank == 0 else []
+        for source in stages[1:] if rank == 0 else []:
+            while (received := _receive_bucket(source, group, device)) is not None:
+                yield from received
+        return
+    for bucket in buckets:
+        if stages[0] == 0:
+            _send_bucket(bucket, 0, group)
+    if stages[0] == 0:
+        dist.send_object_list([None], dst=0, group=group)

@@ -1,0 +1,290 @@
+"""Hugging Face directories: reading one lazily, filling a sharded model from it, writing one tensor by tensor.
+
+Only safetensors files are read or written. Names are always the canonical ones (``visual.*``, ``model.*``,
+``lm_head.weight``): those of the published files and those that the rollout engine loads.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from megatron.core import parallel_state
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+from transformers import AutoConfig, PretrainedConfig
+
+from megarl.models.mapping import Mapping
+
+INDEX_FILE = "model.safetensors.index.json"
+TIED_OUTPUT = "lm_head.weight"
+DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+
+_WEIGHT_FILE = re.compile(r".*\.(safetensors|bin|pt|pth|gguf|h5|msgpack|index\.json)$")
+_MAX_LISTED = 20
+
+
+class CheckpointError(ValueError):
+    """A directory that cannot be used as asked; the message names the file or the keys."""
+
+
+def listed(names: Iterable[str]) -> str:
+    """``names`` in one line, cut after twenty."""
+    names = list(names)
+    rest = f" and {len(names) - _MAX_LISTED} more" if len(names) > _MAX_LISTED else ""
+    return ", ".join(names[:_MAX_LISTED]) + rest
+
+
+def canonical_name(name: str) -> str:
+    """The published spelling of a tensor's name, whichever version of transformers wrote the file."""
+    if name.startswith("model.visual."):
+        return name.removeprefix("model.")
+    if name.startswith("model.language_model."):
+        return "model." + name.removeprefix("model.language_model.")
+    return name
+
+
+def read_config(directory: str | Path) -> PretrainedConfig:
+    """The model's configuration; ``CheckpointError`` unless ``directory`` is a Hugging Face model directory."""
+    directory = Path(directory)
+    if not directory.is_dir():
+        raise CheckpointError(f"{directory}: no such directory")
+    if not (directory / "config.json").is_file():
+        raise CheckpointError(f"{directory}: not a Hugging Face model directory: it has no config.json")
+    try:
+        return AutoConfig.from_pretrained(directory, trust_remote_code=False)
+    except (ValueError, KeyError, json.JSONDecodeError) as error:
+        raise CheckpointError(f"{directory}/config.json: {str(error).splitlines()[0]}") from error
+
+
+@dataclass
+class HFReader:
+    """The tensors of a Hugging Face directory by canonical name; a tensor is read when it is asked for."""
+
+    directory: Path
+    files: dict[str, tuple[Path, str]] = field(init=False)  # canonical name -> file, name in the file
+
+    def __post_init__(self) -> None:
+        self.directory = Path(self.directory)
+        self._handles: dict[Path, safe_open] = {}
+        if not self.directory.is_dir():
+            raise CheckpointError(f"{self.directory}: no such directory")
+        self.files = {}
+        for name, path in self._names().items():
+            canonical = canonical_name(name)
+            if canonical in self.files:
+                raise CheckpointError(f"{self.directory}: {name} and {self.files[canonical][1]} are the same tensor")
+            self.files[canonical] = (path, name)
+
+    def _names(self) -> dict[str, Path]:
+        """Every tensor's name in the files; the index's promises are checked against the files."""
+        index = self.directory / INDEX_FILE
+        if not index.is_file():
+            paths = sorted(self.directory.glob("*.safetensors"))
+            if not paths:
+                raise CheckpointError(f"{self.directory}: no .safetensors file (pickled weights are not read)")
+            return {name: path for path in paths for name in self._open(path).keys()}  # noqa: SIM118
+        weight_map: dict[str, str] = json.loads(index.read_text())["weight_map"]
+        lost = sorted({file for file in weight_map.values() if not (self.directory / file).is_file()})
+        if lost:
+            keys = [name for name, file in weight_map.items() if file in lost]
+            raise CheckpointError(f"{self.directory}: missing files {listed(lost)} with the keys {listed(keys)}")
+        paths = [self.directory / file for file in sorted(set(weight_map.values()))]
+        names = {name: path for path in paths for name in self._open(path).keys()}  # noqa: SIM118
+        absent = sorted(set(weight_map) - set(names))
+        if absent:
+            raise CheckpointError(f"{self.directory}: {INDEX_FILE} promises keys that no file holds: {listed(absent)}")
+        return names
+
+    def _open(self, path: Path) -> safe_open:
+        if path not in self._handles:
+            try:
+                self._handles[path] = safe_open(path, framework="pt", device="cpu")
+            except SafetensorError as error:
+                raise CheckpointError(f"{path}: not a readable safetensors file: {error}") from error
+        return self._handles[path]
+
+    def keys(self) -> list[str]:
+        """Canonical names, in the order of the files."""
+        return list(self.files)
+
+    def __contains__(self, name: str) -> bool:
+        return name in self.files
+
+    def __getitem__(self, name: str) -> Tensor:
+        path, stored = self.files[name]
+        return self._open(path).get_tensor(stored)
+
+    def meta(self, name: str) -> Tensor:
+        """A tensor without data, of the stored shape and dtype."""
+        path, stored = self.files[name]
+        view = self._open(path).get_slice(stored)
+        if view.get_dtype() not in DTYPES:
+            raise CheckpointError(f"{path}: {stored} is stored as {view.get_dtype()}; read are {', '.join(DTYPES)}")
+        return torch.empty(view.get_shape(), dtype=DTYPES[view.get_dtype()], device="meta")
+
+    def dtypes(self) -> set[torch.dtype]:
+        """Every dtype that occurs."""
+        return {self.meta(name).dtype for name in self.files}
+
+
+def check_keys(reader: HFReader, mappings: list[Mapping], *, tied: bool) -> list[str]:
+    """Problems of a directory's key set against the mapping table: one line each for missing and unknown keys.
+
+    ``tied``: the configuration ties the output layer to the embedding, so a stored duplicate of it is no problem.
+    """
+    expected = {name for mapping in mappings for name in mapping.hf}
+    optional = {name for mapping in mappings for name in mapping.optional}
+    allowed = expected | ({TIED_OUTPUT} if tied else set())
+    missing = sorted(name for name in expected - optional if name not in reader)
+    unknown = sorted(name for name in reader.keys() if name not in allowed)  # noqa: SIM118
+    problems = [f"missing keys: {listed(missing)}"] if missing else []
+    return problems + ([f"unknown keys: {listed(unknown)}"] if unknown else [])
+
+
+def parameters_of(model: nn.Module, global_name: Callable[[str], str]) -> dict[str, list[nn.Parameter]]:
+    """This rank's parameters by their name in the unsplit model; a tied pair may share a name."""
+    found: dict[str, list[nn.Parameter]] = {}
+    for name, parameter in model.named_parameters():
+        found.setdefault(global_name(name), []).append(parameter)
+    return found
+
+
+def hf_tensors(mapping: Mapping, fetch: Callable[[str], Tensor], present: Callable[[str], bool]) -> dict[str, Tensor]:
+    """The tensors that ``mapping`` is made of, absent optional ones left out."""
+    return {name: fetch(name) for name in mapping.hf if name not in mapping.optional or present(name)}
+
+
+def _shape_problem(mapping: Mapping, reader: HFReader, parameter: nn.Parameter, tp_size: int) -> str | None:
+    """Run the mapping on tensors without data and compare the shard's shape with the parameter's."""
+    tensors = hf_tensors(mapping, reader.meta, reader.__contains__)
+    stored = ", ".join(f"{name} {list(tensor.shape)}" for name, tensor in tensors.items())
+    try:
+        shape = mapping.split(mapping.to_megatron(tensors), tp_size)[0].shape
+    except (RuntimeError, ValueError) as error:
+        return f"wrong shape: {stored} cannot become {mapping.megatron}: {str(error).splitlines()[0]}"
+    if shape == parameter.shape:
+        return None
+    return f"wrong shape: {stored} gives {list(shape)}, {mapping.megatron} has {list(parameter.shape)} on a rank"
+
+
+def check_load(reader: HFReader, mappings: list[Mapping], model: nn.Module, *, tied: bool, tp_size: int) -> None:
+    """Raise on every rank one ``CheckpointError`` that lists what is wrong on any; every rank calls it.
+
+    Reads file headers only. Wrong are keys that are missing or unknown, shapes, and parameters without a mapping.
+    """
+    problems = check_keys(reader, mappings, tied=tied)
+    local, known = parameters_of(model, model.global_name), {mapping.megatron for mapping in mappings}
+    problems += [f"{name}: the mapping table has no such parameter" for name in sorted(set(local) - known)]
+    if not problems:
+        for mapping in mappings:
+            for parameter in local.get(mapping.megatron, []):
+                problem = _shape_problem(mapping, reader, parameter, tp_size)
+                problems += [problem] if problem else []
+    names = set(local)
+    if dist.is_initialized():
+        gathered: list = [None] * dist.get_world_size()
+        dist.all_gather_object(gathered, (problems, names))
+        problems = list(dict.fromkeys(problem for theirs, _ in gathered for problem in theirs))
+        names = set().union(*(theirs for _, theirs in gathered))
+    unheld = sorted(known - names)
+    problems += [f"no rank holds the parameters {listed(unheld)}"] if unheld else []
+    if problems:
+        raise CheckpointError(f"{reader.directory} does not fit the model:\n  " + "\n  ".join(problems))
+
+
+@torch.no_grad()
+def load_hf(model: nn.Module, mappings: list[Mapping], directory: str | Path) -> None:
+    """Fill this rank's shard of ``model`` from a Hugging Face directory; every rank of the world calls it.
+
+    ``model`` is the unwrapped module: it names its parameters in the unsplit model with ``global_name``. A rank reads
+    the tensors of its own pipeline stage, one parameter at a time. ``CheckpointError`` lists missing, unknown and
+    wrongly shaped keys before anything is changed. After an optimizer has been built call its
+    ``reload_model_params()``, or its float32 copies keep the old values.
+    """
+    tp_rank = parallel_state.get_tensor_model_parallel_rank()
+    tp_size = parallel_state.get_tensor_model_parallel_world_size()
+    reader = HFReader(Path(directory))
+    check_load(reader, mappings, model, tied=read_config(directory).tie_word_embeddings, tp_size=tp_size)
+    local = parameters_of(model, model.global_name)
+    for mapping in mappings:
+        if mapping.megatron in local:
+            whole = mapping.to_megatron(hf_tensors(mapping, reader.__getitem__, reader.__contains__))
+            shard = mapping.split(whole, tp_size)[tp_rank]
+            for parameter in local[mapping.megatron]:
+                parameter.copy_(shard)
+
+
+def copy_auxiliary_files(source: str | Path, destination: str | Path) -> None:
+    """Copy configuration, tokenizer and processor: every regular file of ``source`` that holds no weights."""
+    destination = Path(destination)
+    destination.mkdir(parents=True, exist_ok=True)
+    for path in sorted(Path(source).iterdir()):
+        if path.is_file() and not path.name.startswith(".") and not _WEIGHT_FILE.match(path.name):
+            shutil.copyfile(path, destination / path.name)
+
+
+def _set_config_dtype(directory: Path, dtype: torch.dtype) -> None:
+    """Make config.json say ``dtype``, nested sections included; untouched where it already does."""
+    path, name = directory / "config.json", str(dtype).removeprefix("torch.")
+    config = json.loads(path.read_text())
+    changed = False
+    for section in (config, *(value for value in config.values() if isinstance(value, dict))):
+        for key in ("dtype", "torch_dtype"):
+            if key in section and section[key] != name:
+                section[key], changed = name, True
+    if changed:
+        path.write_text(json.dumps(config, indent=2) + "\n")
+
+
+def write_hf(
+    directory: str | Path,
+    tensors: Iterable[tuple[str, Tensor]],
+    source_directory: str | Path,
+    *,
+    dtype: torch.dtype | None = None,
+    max_shard_bytes: int = 2 << 30,
+) -> None:
+    """Write a Hugging Face directory, holding at most one shard of ``max_shard_bytes`` in memory.
+
+    ``tensors`` are whole and canonically named; ``dtype`` None keeps theirs. Every file of ``source_directory`` that
+    holds no weights is copied. One process calls it.
+    """
+    directory = Path(directory)
+    copy_auxiliary_files(source_directory, directory)
+    if dtype is not None:
+        _set_config_dtype(directory, dtype)
+    parts: list[list[str]] = []
+    shard: dict[str, Tensor] = {}
+    size = total = 0
+
+    def flush() -> None:
+        save_file(shard, directory / f"part-{len(parts):05d}.safetensors", metadata={"format": "pt"})
+        parts.append(list(shard))
+        shard.clear()
+
+    for name, tensor in tensors:
+        tensor = tensor.detach().to(device="cpu", dtype=dtype or tensor.dtype).contiguous()
+        if shard and size + tensor.nbytes > max_shard_bytes:
+            flush()
+            size = 0
+        if name in shard or any(name in part for part in parts):
+            raise CheckpointError(f"{name} came twice")
+        shard[name] = tensor
+        size, total = size + tensor.nbytes, total + tensor.nbytes
+    flush()
+    weight_map: dict[str, str] = {}
+    for i, names in enumerate(parts):
+        file = "model.safetensors" if len(parts) == 1 else f"model-{i + 1:05d}-of-{len(parts):05d}.safetensors"
+        (directory / f"part-{i:05d}.safetensors").rename(directory / file)
+        weight_map |= dict.fromkeys(names, file)
+    if len(parts) > 1:
+        index = {"metadata": {"total_size": total}, "weight_map": weight_map}
+        (directory / INDEX_FILE).write_text(json.dumps(index, indent=2) + "\n")

@@ -1,0 +1,328 @@
+"""Checkpoints of a training run: model, optimizer, schedule and random generators, at any parallel layout.
+
+The tensors are mcore's ``torch_dist`` format, which knows no layout: what tp2 pp2 saved loads at tp1. ``manifest.py``
+says what lies where. Only load checkpoints that you trust: the format's index is a pickle.
+"""
+
+from __future__ import annotations
+
+import atexit
+import json
+import logging
+import platform
+import random
+import threading
+from collections.abc import Callable
+from dataclasses import asdict
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from megatron.core import dist_checkpointing, parallel_state
+from megatron.core.dist_checkpointing.core import CheckpointingException
+from megatron.core.dist_checkpointing.dict_utils import nested_values
+from megatron.core.dist_checkpointing.mapping import ShardedTensor
+from megatron.core.dist_checkpointing.state_dict_utils import load_preprocess
+from megatron.core.distributed import DistributedDataParallel
+from megatron.core.optimizer import MegatronOptimizer
+from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
+from megatron.core.tensor_parallel.random import get_cuda_rng_tracker
+from megatron.core.utils import unwrap_model
+from torch import nn
+from torch.distributed.checkpoint import CheckpointException, FileSystemReader
+from torch.distributed.checkpoint.metadata import Metadata
+
+from megarl.checkpoint import writer
+from megarl.checkpoint.huggingface import CheckpointError, copy_auxiliary_files, listed, read_config
+from megarl.checkpoint.manifest import (
+    MANIFEST_FILE,
+    Manifest,
+    discard,
+    latest,
+    prune,
+    read_manifest,
+    step_directory,
+    verify_files,
+    write_manifest,
+)
+from megarl.checkpoint.optimizer_state import OPTIMIZER_FORMAT, padded_buckets
+from megarl.config import RunConfig, to_yaml
+
+__all__ = ["Handle", "latest", "load", "prune", "save", "save_to"]
+
+OPTIMIZER_PREFIX = "optimizer."
+
+logger = logging.getLogger(__name__)
+
+
+class Handle:
+    """A save that may still be being written. Each rank has its own."""
+
+    def __init__(self, path: Path, work: Callable[[], None], *, asynchronous: bool) -> None:
+        self.path = path
+        self._work = work
+        self._error: BaseException | None = None
+        if asynchronous:
+            self._thread = threading.Thread(target=self._run, name=f"save {path.name}", daemon=True)
+            self._thread.start()
+            atexit.register(self.wait)
+        else:
+            self._thread = None
+            work()
+
+    def _run(self) -> None:
+        try:
+            self._work()
+        except BaseException as error:  # raised again by wait(), in the thread that trains
+            self._error = error
+
+    def done(self) -> bool:
+        """Whether the checkpoint is complete, or has failed."""
+        return self._thread is None or not self._thread.is_alive()
+
+    def wait(self) -> None:
+        """Return when the checkpoint is complete on all ranks; raise what kept it from being so."""
+        if self._thread is None:
+            return
+        self._thread.join()
+        atexit.unregister(self.wait)
+        if self._error is not None:
+            error, self._error = self._error, None
+            raise CheckpointError(f"saving {self.path} failed: {error}") from error
+
+
+_pending: list[Handle] = []  # at most one a process: a save waits for the one before it
+
+
+def _layout(config: RunConfig) -> dict[str, Any]:
+    return asdict(config.parallel) | {"data_parallel_size": parallel_state.get_data_parallel_world_size()}
+
+
+def _versions() -> dict[str, str]:
+    packages = {name: version(name) for name in ("megatron-core", "torch", "transformers", "numpy")}
+    return packages | {"python": platform.python_version()}
+
+
+def _rng_state() -> dict[str, Any]:
+    """The states of every generator a rank draws from, copied."""
+    kind, numbers, gauss = random.getstate()
+    _, keys, *rest = np.random.get_state()
+    state = {
+        "python": [kind, list(numbers), gauss],
+        "numpy": [torch.from_numpy(keys.astype(np.int64)), *rest],
+        "torch": torch.get_rng_state().clone(),
+        "megatron": {name: value.clone() for name, value in get_cuda_rng_tracker().get_states().items()},
+    }
+    return state | ({"cuda": torch.cuda.get_rng_state().clone()} if torch.cuda.is_available() else {})
+
+
+def _set_rng_state(state: dict[str, Any]) -> None:
+    kind, numbers, gauss = state["python"]
+    random.setstate((kind, tuple(numbers), gauss))
+    keys, *rest = state["numpy"]
+    np.random.set_state(("MT19937", keys.numpy().astype(np.uint32), *rest))
+    torch.set_rng_state(state["torch"])
+    get_cuda_rng_tracker().set_states(state["megatron"])
+    if torch.cuda.is_available():
+        torch.cuda.set_rng_state(state["cuda"])
+
+
+def _state(model: nn.Module, optimizer: MegatronOptimizer | None, *, is_loading: bool) -> dict[str, Any]:
+    """What to save or load, as mcore's sharded tensors that are the live parameters."""
+    module = unwrap_model(model)
+    state: dict[str, Any] = {"model": module.sharded_state_dict()}
+    if optimizer is not None:
+        again = {"model": module.sharded_state_dict()}
+        with padded_buckets(optimizer):
+            sharded = optimizer.sharded_state_dict(again, is_loading=is_loading, metadata=OPTIMIZER_FORMAT)
+        for part in [sharded] if "param_state" in sharded else sharded.values():
+            if isinstance(part, dict) and part.get("param_state", 0) is None:
+                del part["param_state"]  # it is on the first data-parallel rank only
+        state["optimizer"] = sharded
+    return state
+
+
+def _sync_parameters(model: nn.Module) -> None:
+    """Complete the all-gather that ``overlap_param_gather`` leaves until the next forward pass."""
+    if isinstance(model, DistributedDataParallel) and model.ddp_config.overlap_param_gather:
+        model.start_param_sync(force_sync=True)
+
+
+def save(
+    directory: str | Path,
+    step: int,
+    model: nn.Module,
+    optimizer: MegatronOptimizer | None,
+    scheduler: OptimizerParamScheduler | None,
+    extra: dict[str, Any],
+    config: RunConfig,
+    *,
+    hf_dir: str | Path | None = None,
+    async_save: bool = False,
+) -> Handle:
+    """Save ``<directory>/step_<step>``; every rank of the world calls it. See ``save_to``."""
+    path = step_directory(directory, step)
+    return save_to(path, step, model, optimizer, scheduler, extra, config, hf_dir=hf_dir, async_save=async_save)
+
+
+def save_to(
+    path: str | Path,
+    step: int,
+    model: nn.Module,
+    optimizer: MegatronOptimizer | None,
+    scheduler: OptimizerParamScheduler | None,
+    extra: dict[str, Any],
+    config: RunConfig,
+    *,
+    hf_dir: str | Path | None = None,
+    async_save: bool = False,
+) -> Handle:
+    """Save to ``path``, replacing what is there; every rank of the world calls it with its shard.
+
+    ``extra``: JSON-able, the same on all ranks (rank 0's is kept). ``hf_dir`` (default: ``model.path``): whose
+    configuration, tokenizer and processor are copied into ``hf/``. With ``async_save`` the call returns when the
+    shards have been copied to host memory: training may go on at once, and the files are written by a thread.
+    The checkpoint counts when its manifest is there, which is after all ranks have written. The next save waits for
+    this one; so does the interpreter's exit. Wait on the handle before killing the process.
+    """
+    while _pending:
+        _pending.pop().wait()
+    path, rank = Path(path), dist.get_rank()
+    if rank == 0:
+        if path.exists():
+            discard(path)
+        for name in ("state", "rng", writer.REPORTS):
+            (path / name).mkdir(parents=True)
+    dist.barrier()
+    source = Path(hf_dir or config.model.path)
+    _sync_parameters(model)
+    rng, strategy = _rng_state(), writer.SnapshotStrategy(copy=async_save)
+    state = _state(model, optimizer, is_loading=False)
+    if scheduler is not None:
+        state["scheduler"] = {"num_steps": scheduler.num_steps}
+    contents = [*state, *(["rng"] if optimizer is not None else [])]
+    dist_checkpointing.save(
+        state, str(path / "state"), strategy, async_sharded_save=True, content_metadata=dict(OPTIMIZER_FORMAT)
+    )
+    manifest = Manifest(
+        step=step,
+        contents=contents,
+        parallel=_layout(config),
+        world_size=dist.get_world_size(),
+        dtype=config.model.dtype,
+        architecture=read_config(source).architectures[0],
+        versions=_versions(),
+    )
+    texts = {"extra.json": json.dumps(extra, indent=2) + "\n", "config.yaml": to_yaml(config)}
+
+    def work() -> None:
+        try:
+            results = strategy.writer.write()
+            if "rng" in contents:
+                torch.save(rng, path / "rng" / f"rank_{rank:05d}.pt")
+        except Exception as error:
+            writer.report(path, rank, results=[], error=f"{type(error).__name__}: {error}")
+            raise
+        writer.report(path, rank, results=results)
+        if rank == 0:
+            _complete(path, strategy, manifest, texts, source)
+        else:
+            writer.await_file(path, path / MANIFEST_FILE)
+
+    handle = Handle(path, work, asynchronous=async_save)
+    _pending.append(handle)
+    return handle
+
+
+def _complete(
+    path: Path, strategy: writer.SnapshotStrategy, manifest: Manifest, texts: dict[str, str], source: Path
+) -> None:
+    """On rank 0, when its own shards are written: the rest of the files, and the manifest when all ranks are done."""
+    try:
+        copy_auxiliary_files(source, path / "hf")
+        for name, text in texts.items():
+            writer.write_atomically(path / name, text)
+        writer.write_index(path / "state", strategy, writer.await_reports(path, manifest.world_size))
+        discard(path / writer.REPORTS)
+        write_manifest(path, manifest)
+    except Exception as error:
+        writer.write_atomically(path / writer.FAILED_FILE, f"{type(error).__name__}: {error}")
+        raise
+
+
+def read_index(path: str | Path) -> Metadata:
+    """The names, shapes and dtypes of the tensors of a checkpoint."""
+    return FileSystemReader(Path(path) / "state").read_metadata()
+
+
+def _check_tensors(path: Path, state: dict[str, Any]) -> None:
+    """Raise on every rank one ``CheckpointError`` that lists tensors that are missing, unknown or of another shape."""
+    stored = read_index(path).state_dict_metadata
+    problems, requested = [], set()
+    for item in nested_values(load_preprocess(state)[0]):
+        if not isinstance(item, ShardedTensor):
+            continue
+        requested.add(item.key)
+        if item.key not in stored:
+            problems.append(f"missing: {item.key}")
+        elif tuple(stored[item.key].size) != tuple(item.global_shape):
+            ours, theirs = list(item.global_shape), list(stored[item.key].size)
+            problems.append(f"wrong shape: {item.key} is {theirs} in the checkpoint and {ours} in the model")
+    gathered: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(gathered, (problems, requested))
+    problems = list(dict.fromkeys(problem for theirs, _ in gathered for problem in theirs))
+    requested = set().union(*(theirs for _, theirs in gathered))
+    weights = {key for key, entry in stored.items() if hasattr(entry, "size") and not key.startswith(OPTIMIZER_PREFIX)}
+    problems += [f"unknown: {key} is in the checkpoint and not in the model" for key in sorted(weights - requested)]
+    if problems:
+        raise CheckpointError(f"{path} does not fit the model: {listed(problems)}")
+
+
+def load(
+    path: str | Path,
+    model: nn.Module,
+    optimizer: MegatronOptimizer | None = None,
+    scheduler: OptimizerParamScheduler | None = None,
+) -> dict[str, Any]:
+    """Fill model, optimizer and schedule from a complete checkpoint; its ``extra``. Every rank of the world calls it.
+
+    Any layout loads. The random generators are restored when ranks and layout are those that saved, and stay as they
+    are otherwise. The schedule takes its place; its shape is the configuration's. ``CheckpointError`` names what is
+    missing, damaged or of another shape.
+    """
+    path = Path(path)
+    manifest = read_manifest(path)
+    verify_files(path, manifest)
+    for name, part in (("optimizer", optimizer), ("scheduler", scheduler)):
+        if part is not None and name not in manifest.contents:
+            raise CheckpointError(f"{path} holds no {name}, only {', '.join(manifest.contents)}: load it without")
+    _check_tensors(path, _state(model, optimizer, is_loading=True))
+    try:
+        state = dist_checkpointing.load(_state(model, optimizer, is_loading=True), str(path / "state"))
+    except (CheckpointingException, CheckpointException, RuntimeError) as error:
+        raise CheckpointError(f"{path}: the tensors cannot be read: {error}") from error
+    unwrap_model(model).load_state_dict(state["model"])
+    if optimizer is not None:
+        optimizer.load_state_dict(state["optimizer"])
+    if scheduler is not None:
+        scheduler.num_steps = 0
+        scheduler.step(increment=state["scheduler"]["num_steps"])
+    _restore_rng(path, manifest)
+    return json.loads((path / "extra.json").read_text())
+
+
+def _restore_rng(path: Path, manifest: Manifest) -> None:
+    sizes = {
+        "tensor_model_parallel_size": parallel_state.get_tensor_model_parallel_world_size(),
+        "pipeline_model_parallel_size": parallel_state.get_pipeline_model_parallel_world_size(),
+        "data_parallel_size": parallel_state.get_data_parallel_world_size(),
+    }
+    saved = {name: manifest.parallel[name] for name in sizes}
+    if "rng" not in manifest.contents or saved != sizes:
+        if dist.get_rank() == 0:
+            logger.warning("%s was saved by the layout %s: random generators are not restored", path, saved)
+        return
+    _set_rng_state(torch.load(path / "rng" / f"rank_{dist.get_rank():05d}.pt", weights_only=True))

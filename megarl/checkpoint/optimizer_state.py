@@ -1,0 +1,82 @@
+"""The state of mcore's DistributedOptimizer, gathered from the data-parallel ranks that share it.
+
+mcore 0.16 concatenates gathered buckets without the padding between them and then looks parameters up at their padded
+offsets. With more than one bucket (tied embeddings over pipeline stages, ``overlap_grad_reduce``) every later parameter
+is saved with its neighbours' moments, without an error. The gathering here keeps the padding.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import partial
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from megatron.core.optimizer import ChainedOptimizer, MegatronOptimizer
+from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
+from torch import Tensor
+
+KEYS = ("param", "exp_avg", "exp_avg_sq")
+
+# the only optimizer format of mcore 0.16 that loads at another layout and for float32 parameters, gathered on the first
+# data-parallel rank
+OPTIMIZER_FORMAT = {
+    "distrib_optim_sharding_type": "fully_reshardable",
+    "distrib_optim_fully_reshardable_mem_efficient": True,
+    "chained_optim_avoid_prefix": True,
+}
+
+
+def _gather(shard: Tensor, group: dist.ProcessGroup) -> Tensor | None:
+    """The shards of all ranks end to end on the CPU of the first rank of ``group``, None elsewhere."""
+    first = dist.get_process_group_ranks(group)[0]
+    shards = [torch.empty_like(shard) for _ in range(group.size())] if group.rank() == 0 else None
+    dist.gather(shard, shards, dst=first, group=group)
+    return None if shards is None else torch.cat(shards).cpu()
+
+
+def _parameter_state(
+    optimizer: DistributedOptimizer,
+    use_gloo_comm: bool = True,
+    empty_data: bool = False,
+    return_on_all_ranks: bool = False,
+) -> dict[int, Any] | None:
+    """Stands in for ``get_parameter_state_dp_zero``: for each buffer its state [padded buffer], float32 on the CPU."""
+    group = optimizer.data_parallel_group
+    state: dict[int, Any] = {}
+    for number, buckets_by_dtype in enumerate(optimizer.gbuf_ranges):
+        buffer = optimizer.buffers[number]
+        ((dtype, buckets),) = buckets_by_dtype.items()
+        holds = return_on_all_ranks or group.rank() == 0
+        whole = {key: torch.zeros(buffer.numel if holds else 0) for key in KEYS}
+        offset = 0
+        for bucket, ranges in zip(buffer.buckets, [] if empty_data else buckets, strict=not empty_data):
+            size = bucket.grad_data.numel()
+            shards = {key: torch.zeros(size // group.size(), device=bucket.grad_data.device) for key in KEYS}
+            for parameter, where in ranges["param_map"].items():
+                tensors = optimizer._get_main_param_and_optimizer_states(parameter)
+                for key in KEYS:
+                    shards[key][where["gbuf_local"].start : where["gbuf_local"].end].copy_(tensors[key])
+            for key in KEYS:
+                gathered = _gather(shards[key], group)
+                if gathered is not None:
+                    whole[key][offset : offset + size] = gathered
+            offset += size
+        state[number] = {dtype: whole}
+    return state if return_on_all_ranks or group.rank() == 0 else None
+
+
+@contextmanager
+def padded_buckets(optimizer: MegatronOptimizer) -> Iterator[None]:
+    """While it lasts, ``optimizer.sharded_state_dict`` gathers with ``_parameter_state``."""
+    chained = optimizer.chained_optimizers if isinstance(optimizer, ChainedOptimizer) else [optimizer]
+    distributed = [part for part in chained if isinstance(part, DistributedOptimizer)]
+    for part in distributed:
+        part.get_parameter_state_dp_zero = partial(_parameter_state, part)
+    try:
+        yield
+    finally:
+        for part in distributed:
+            del part.get_parameter_state_dp_zero

@@ -1,0 +1,154 @@
+"""Writing a distributed checkpoint from a thread of each rank, while training goes on.
+
+mcore's own asynchronous writer forks a process a rank and spawns a manager, which a Ray actor full of threads does not
+survive and a script without a main guard cannot do. Here the plan is made together, every rank copies its shards to
+host memory, and a thread writes the copies to disk. No collective runs in the thread: the ranks tell rank 0 through
+files in the checkpoint that they are done, and rank 0 writes the index.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from megatron.core.dist_checkpointing.core import CheckpointingConfig, save_config
+from megatron.core.dist_checkpointing.mapping import ShardedStateDict
+from megatron.core.dist_checkpointing.strategies.async_utils import AsyncRequest
+from megatron.core.dist_checkpointing.strategies.state_dict_saver import save_state_dict_async_plan
+from megatron.core.dist_checkpointing.strategies.torch import (
+    MCoreSavePlanner,
+    TorchDistSaveShardedStrategy,
+    _replace_state_dict_keys_with_sharded_keys,
+    mcore_to_pyt_state_dict,
+)
+from torch.distributed.checkpoint import FileSystemWriter, Metadata, SavePlan, SavePlanner
+from torch.distributed.checkpoint.filesystem import _StorageInfo, _write_item
+from torch.distributed.checkpoint.metadata import MetadataIndex
+from torch.distributed.checkpoint.planner import WriteItemType
+from torch.distributed.checkpoint.storage import WriteResult
+
+from megarl.checkpoint.huggingface import CheckpointError
+from megarl.checkpoint.manifest import write_atomically
+
+BACKEND, VERSION = "torch_dist", 1
+TIMEOUT_S = 3600.0  # rank 0 waits so long for the other ranks' files
+REPORTS = "reports"
+FAILED_FILE = "failed.txt"
+
+_POLL_S = 0.02
+
+
+class SnapshotWriter(FileSystemWriter):
+    """Keeps what this rank has to write when the save is planned; ``write`` may run in any thread, later."""
+
+    def __init__(self, path: str | Path, *, copy: bool) -> None:
+        super().__init__(path, thread_count=1)
+        self._copy = copy
+
+    def prepare_write_data(self, plan: SavePlan, planner: SavePlanner) -> None:
+        """Resolve the planned items, copied to host memory if training may go on (mcore calls it after planning)."""
+        self._file = f"{plan.storage_data.prefix}0.distcp"
+        self._items = []
+        for item in plan.items:
+            data = planner.resolve_data(item)
+            if item.type != WriteItemType.BYTE_IO:
+                # a copy even on the CPU: the next step changes the parameter in place
+                data = data.detach().to("cpu", copy=self._copy)
+            self._items.append((item, data))
+
+    def write(self) -> list[WriteResult]:
+        """Write the items, freeing each; where each lies in the file."""
+        results = []
+        if self._items:
+            with open(Path(self.path) / self._file, "wb") as stream:
+                while self._items:
+                    item, data = self._items.pop()
+                    if isinstance(data, torch.Tensor) and data.untyped_storage().nbytes() != data.nbytes:
+                        data = data.clone(memory_format=torch.contiguous_format)  # torch.save writes whole storages
+                    results.append(
+                        _write_item(self.transforms, stream, data, item, self._file, self.serialization_format)
+                    )
+                stream.flush()
+                os.fsync(stream.fileno())
+        return results
+
+
+class SnapshotStrategy(TorchDistSaveShardedStrategy):
+    """mcore's ``torch_dist`` format, planned here and written by ``writer`` when the caller says so."""
+
+    def __init__(self, *, copy: bool) -> None:
+        super().__init__(BACKEND, VERSION)
+        self.copy = copy
+        self.writer: SnapshotWriter
+        self.metadata: Metadata | None = None  # the index but for the places in the files; only on rank 0
+
+    def async_save(self, sharded_state_dict: ShardedStateDict, checkpoint_dir: str | Path) -> AsyncRequest:
+        """Plan the save with all ranks and take this rank's shards; the request itself does nothing."""
+        state, _, _ = _replace_state_dict_keys_with_sharded_keys(sharded_state_dict, self.keep_only_main_replica)
+        self.writer = SnapshotWriter(checkpoint_dir, copy=self.copy)
+        planner = MCoreSavePlanner(dedup_replicated_tensors=False, flatten_state_dict=False)
+        planned, *_ = save_state_dict_async_plan(
+            mcore_to_pyt_state_dict(state), self.writer, coordinator_rank=0, planner=planner
+        )
+        self.metadata = planned[1]
+        return AsyncRequest(None, (), [])
+
+
+def _result_to_json(result: WriteResult) -> list[Any]:
+    index, place = result.index, result.storage_data
+    offset = None if index.offset is None else list(index.offset)
+    return [index.fqn, offset, index.index, result.size_in_bytes, place.relative_path, place.offset, place.length]
+
+
+def _result_from_json(row: list[Any]) -> WriteResult:
+    fqn, offset, index, size, file, start, length = row
+    key = MetadataIndex(fqn, None if offset is None else torch.Size(offset), index)
+    return WriteResult(index=key, size_in_bytes=size, storage_data=_StorageInfo(file, start, length))
+
+
+def report(path: Path, rank: int, *, results: list[WriteResult], error: str = "") -> None:
+    """Tell rank 0 where this rank's tensors lie, or that it failed."""
+    content = {"error": error, "results": [_result_to_json(result) for result in results]}
+    write_atomically(path / REPORTS / f"rank_{rank:05d}.json", json.dumps(content))
+
+
+def await_reports(path: Path, world_size: int) -> list[list[WriteResult]]:
+    """On rank 0: what every rank wrote. ``CheckpointError`` names the ranks that failed or did not answer."""
+    waiting = {rank: path / REPORTS / f"rank_{rank:05d}.json" for rank in range(world_size)}
+    contents: dict[int, dict[str, Any]] = {}
+    deadline = time.monotonic() + TIMEOUT_S
+    while waiting:
+        for rank, file in list(waiting.items()):
+            if file.is_file():
+                contents[rank] = json.loads(file.read_text())
+                del waiting[rank]
+        if waiting and time.monotonic() > deadline:
+            raise CheckpointError(f"{path}: ranks {sorted(waiting)} did not finish writing in {TIMEOUT_S:.0f} s")
+        if waiting:
+            time.sleep(_POLL_S)
+    errors = [f"rank {rank}: {content['error']}" for rank, content in contents.items() if content["error"]]
+    if errors:
+        raise CheckpointError(f"{path}: {'; '.join(errors)}")
+    return [[_result_from_json(row) for row in contents[rank]["results"]] for rank in range(world_size)]
+
+
+def await_file(path: Path, file: Path) -> None:
+    """On the other ranks: until rank 0 has written ``file``; ``CheckpointError`` when the save failed instead."""
+    deadline = time.monotonic() + TIMEOUT_S
+    while not file.is_file():
+        if (path / FAILED_FILE).is_file():
+            raise CheckpointError((path / FAILED_FILE).read_text())
+        if time.monotonic() > deadline:
+            raise CheckpointError(f"{path}: rank 0 did not complete the checkpoint in {TIMEOUT_S:.0f} s")
+        time.sleep(_POLL_S)
+
+
+def write_index(state: Path, strategy: SnapshotStrategy, results: list[list[WriteResult]]) -> None:
+    """On rank 0: the index of the tensors and mcore's own mark of a readable checkpoint."""
+    assert strategy.metadata is not None
+    strategy.writer.finish(strategy.metadata, results)
+    save_config(CheckpointingConfig(BACKEND, VERSION), str(state))

@@ -1,0 +1,425 @@
+"""The configuration of a run: plain dataclasses, built in Python, overridden from the command line.
+
+An experiment is a Python file that defines ``config`` (a ``RunConfig``, or a function that returns one). Dotted
+``key=value`` overrides are applied on top, checked against the dataclass types, and the result is written to
+``<run_dir>/config.yaml``. There is no other place where a default can come from.
+"""
+
+from __future__ import annotations
+
+import difflib
+import sys
+import typing
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from omegaconf import DictConfig, ListConfig, OmegaConf
+from omegaconf.errors import ConfigKeyError, OmegaConfBaseException
+from yaml import YAMLError
+
+from megarl.registry import load_file
+
+
+def check_choice(key: str, value: str, choices: typing.Iterable[str]) -> None:
+    """Raise a ``ValueError`` that names the key and the nearest of ``choices`` unless ``value`` is one of them."""
+    choices = list(choices)
+    if value not in choices:
+        near = difflib.get_close_matches(str(value), choices, n=1)
+        hint = f"; did you mean {near[0]!r}?" if near else ""
+        raise ValueError(f"{key}={value!r} is not one of {', '.join(choices)}{hint}")
+
+
+def _check_positive(section: str, config: Any, *names: str) -> None:
+    for name in names:
+        if getattr(config, name) <= 0:
+            raise ValueError(f"{section}.{name}={getattr(config, name)} must be positive")
+
+
+def _check_not_negative(section: str, config: Any, *names: str) -> None:
+    for name in names:
+        if getattr(config, name) < 0:
+            raise ValueError(f"{section}.{name}={getattr(config, name)} must not be negative")
+
+
+@dataclass
+class ModelConfig:
+    path: str = ""  # Hugging Face directory: config.json, safetensors, tokenizer, preprocessor
+    factory: str = ""  # "module:function" that writes that directory (path, seed) when it does not exist
+    dtype: str = "float32"  # parameters and activations: float32 | bfloat16 (with float32 main parameters)
+    freeze: list[str] = field(default_factory=list)  # parts not trained: vision_tower | projector | decoder
+    transformer_impl: str = "local"  # local (torch) | transformer_engine
+    attention_backend: str = "auto"  # auto | sdpa | varlen (CUDA only); transformer_engine brings its own
+    recompute: str = "none"  # activations kept: none = all | full = only the inputs of layers
+    min_pixels: int = 0  # bounds of an image after resizing, in pixels; 0: as the preprocessor says
+    max_pixels: int = 0
+    megatron: dict[str, Any] = field(default_factory=dict)  # further fields of mcore's TransformerConfig, verbatim
+
+    def __post_init__(self) -> None:
+        check_choice("model.dtype", self.dtype, ["float32", "bfloat16"])
+        check_choice("model.transformer_impl", self.transformer_impl, ["local", "transformer_engine"])
+        check_choice("model.attention_backend", self.attention_backend, ["auto", "sdpa", "varlen"])
+        check_choice("model.recompute", self.recompute, ["none", "full"])
+        for part in self.freeze:
+            check_choice("model.freeze", part, ["vision_tower", "projector", "decoder"])
+
+
+@dataclass
+class ParallelConfig:
+    """Sizes of the model-parallel groups; data parallelism takes what is left of the world."""
+
+    tensor_model_parallel_size: int = 1
+    pipeline_model_parallel_size: int = 1
+    sequence_parallel: bool = False
+    use_distributed_optimizer: bool = True  # shard the optimizer's state over data-parallel ranks
+
+    def __post_init__(self) -> None:
+        _check_positive("parallel", self, "tensor_model_parallel_size", "pipeline_model_parallel_size")
+        if self.sequence_parallel and self.tensor_model_parallel_size == 1:
+            raise ValueError("parallel.sequence_parallel=True needs parallel.tensor_model_parallel_size > 1")
+
+    @property
+    def model_parallel_size(self) -> int:
+        return self.tensor_model_parallel_size * self.pipeline_model_parallel_size
+
+
+@dataclass
+class OptimizerConfig:
+    lr: float = 1e-6
+    min_lr: float = 0.0
+    lr_warmup_steps: int = 0
+    lr_decay_style: str = "constant"  # constant | linear | cosine, from the warm-up to the last step
+    betas: tuple[float, float] = (0.9, 0.95)
+    eps: float = 1e-8
+    weight_decay: float = 0.0
+    clip_grad: float = 1.0  # largest gradient norm
+
+    def __post_init__(self) -> None:
+        check_choice("optimizer.lr_decay_style", self.lr_decay_style, ["constant", "linear", "cosine"])
+        _check_not_negative("optimizer", self, "lr", "min_lr", "lr_warmup_steps", "weight_decay")
+        _check_positive("optimizer", self, "eps", "clip_grad")
+
+
+@dataclass
+class DataConfig:
+    train_files: list[str] = field(default_factory=list)  # JSONL or parquet, for tasks that read files
+    val_files: list[str] = field(default_factory=list)
+    prompt_key: str = "prompt"
+    image_key: str = "images"
+    answer_key: str = "answer"
+    target_key: str = "target"  # an expert's response, for supervised training
+    prompts_per_step: int = 16
+    shuffle: bool = True
+    max_prompt_length: int = 1024  # tokens, images included; longer prompts are dropped and counted
+    max_image_pixels: int = 64_000_000  # a larger image is refused before it is decoded
+
+    def __post_init__(self) -> None:
+        _check_positive("data", self, "prompts_per_step", "max_prompt_length", "max_image_pixels")
+
+
+@dataclass
+class TaskConfig:
+    path: str = ""  # "module:Class" of a megarl.tasks.Task
+    weight: float = 1.0  # share of the prompts of a step
+    reward: str = ""  # "module:function" or "file.py:function" with verl's signature; empty: the task's own
+    kwargs: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass
+class RewardConfig:
+    timeout_s: float = 30.0  # one call
+    num_workers: int = 0  # processes that compute rewards; 0: one
+    on_error: str = "raise"  # a reward that raises or hangs: raise | drop (the sample, counted)
+
+    def __post_init__(self) -> None:
+        check_choice("rewards.on_error", self.on_error, ["raise", "drop"])
+        _check_positive("rewards", self, "timeout_s")
+
+
+@dataclass
+class RolloutConfig:
+    group_size: int = 8  # samples of one prompt
+    temperature: float = 1.0
+    top_p: float = 1.0
+    top_k: int = -1
+    max_new_tokens: int = 512
+    num_engines: int = 1
+    tensor_parallel_size: int = 1  # of one engine
+    dtype: str = ""  # of the engine; empty: the model's
+    eval_temperature: float = 0.0
+    timeout_s: float = 600.0  # a call to an engine that takes longer counts as the engine's death
+    max_restarts: int = 3  # of engines, over the run
+    engine: dict[str, Any] = field(default_factory=dict)  # further SGLang ServerArgs, verbatim
+
+    def __post_init__(self) -> None:
+        _check_positive("rollout", self, "group_size", "max_new_tokens", "num_engines", "tensor_parallel_size")
+        _check_positive("rollout", self, "timeout_s")
+        _check_not_negative("rollout", self, "eval_temperature", "max_restarts")
+        if self.temperature <= 0:
+            raise ValueError(f"rollout.temperature={self.temperature} must be positive: a policy is sampled")
+        if not 0 < self.top_p <= 1:
+            raise ValueError(f"rollout.top_p={self.top_p} must lie in (0, 1]")
+        if self.dtype:
+            check_choice("rollout.dtype", self.dtype, ["float32", "bfloat16"])
+
+
+@dataclass
+class WeightSyncConfig:
+    transport: str = "tensor"  # tensor (shared memory, CUDA IPC) | broadcast (gloo, NCCL) | disk
+    bucket_bytes: int = 512 << 20
+    verify: bool = True  # compare every tensor's checksum on both sides after each sync
+    canary: bool = True  # score one prompt with an image on both sides after each sync
+    canary_tolerance: float = 0.0  # largest |difference of log-probs|; 0: 1e-4 in float32, 0.1 in bfloat16
+
+    def __post_init__(self) -> None:
+        check_choice("weight_sync.transport", self.transport, ["tensor", "broadcast", "disk"])
+        _check_not_negative("weight_sync", self, "canary_tolerance")
+        _check_positive("weight_sync", self, "bucket_bytes")
+
+
+@dataclass
+class AlgorithmConfig:
+    """Names in the registries of ``megarl.algorithms`` and the knobs they share."""
+
+    advantage: str = "grpo"
+    policy_loss: str = "ppo_clip"
+    loss_weights: str = "token_mean"
+    normalize_by_std: bool = True
+    clip_ratio_low: float = 0.2
+    clip_ratio_high: float = 0.2
+    clip_ratio_dual: float = 3.0
+    kl_coef: float = 0.0  # > 0 keeps a frozen reference model on the ranks
+    kl_estimator: str = "k3"
+    entropy_coef: float = 0.0
+    num_minibatches: int = 1  # optimizer steps on one rollout
+    num_epochs: int = 1  # passes over one rollout
+
+    def __post_init__(self) -> None:
+        _check_positive("algorithm", self, "num_minibatches", "num_epochs")
+        _check_not_negative("algorithm", self, "clip_ratio_low", "clip_ratio_high", "clip_ratio_dual", "kl_coef")
+
+
+@dataclass
+class TrainerConfig:
+    run_dir: str = "runs/run"
+    num_steps: int = 100
+    num_nodes: int = 1
+    ranks_per_node: int = 0  # 0: as many as the model-parallel sizes need
+    max_tokens_per_microbatch: int = 8192
+    max_patches_per_microbatch: int = 65536
+    resume: str = "auto"  # auto: the newest complete checkpoint of run_dir | never | a checkpoint's path
+    eval_every: int = 0  # steps; 0: only before the first and after the last
+    eval_prompts: int = 256  # of each task
+
+    def __post_init__(self) -> None:
+        _check_positive("trainer", self, "num_nodes", "max_tokens_per_microbatch", "max_patches_per_microbatch")
+        _check_not_negative("trainer", self, "num_steps", "ranks_per_node", "eval_every", "eval_prompts")
+
+
+@dataclass
+class CheckpointConfig:
+    save_every: int = 0  # steps; 0: only after the last
+    keep: int = 2  # newest checkpoints that stay; 0: all
+    async_save: bool = True
+    export_hf: bool = False  # write a Hugging Face directory beside the last checkpoint
+
+    def __post_init__(self) -> None:
+        _check_not_negative("checkpoint", self, "save_every", "keep")
+
+
+@dataclass
+class ObservabilityConfig:
+    trackers: list[str] = field(default_factory=lambda: ["jsonl", "tensorboard"])  # and wandb
+    project: str = "megarl"
+    save_rollouts_every: int = 1  # steps; 0: never
+    rollout_groups_saved: int = 4  # of a step
+    console: bool = True
+
+    def __post_init__(self) -> None:
+        for tracker in self.trackers:
+            check_choice("observability.trackers", tracker, ["jsonl", "tensorboard", "wandb"])
+        _check_not_negative("observability", self, "save_rollouts_every", "rollout_groups_saved")
+
+
+@dataclass
+class DebugConfig:
+    deterministic: bool = False  # the same run gives the same bits: seeds per sample, fixed batches, one thread
+    logprob_diff_alarm: float = 0.0  # stop when mean |rollout - trainer| log-prob exceeds this; 0: warn at 0.05
+
+
+@dataclass
+class RunConfig:
+    name: str = "run"
+    seed: int = 0
+    model: ModelConfig = field(default_factory=ModelConfig)
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    tasks: dict[str, TaskConfig] = field(default_factory=dict)
+    rewards: RewardConfig = field(default_factory=RewardConfig)
+    rollout: RolloutConfig = field(default_factory=RolloutConfig)
+    weight_sync: WeightSyncConfig = field(default_factory=WeightSyncConfig)
+    algorithm: AlgorithmConfig = field(default_factory=AlgorithmConfig)
+    trainer: TrainerConfig = field(default_factory=TrainerConfig)
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    observability: ObservabilityConfig = field(default_factory=ObservabilityConfig)
+    debug: DebugConfig = field(default_factory=DebugConfig)
+
+    def __post_init__(self) -> None:
+        if self.world_size % self.parallel.model_parallel_size:
+            raise ValueError(
+                f"trainer.num_nodes x trainer.ranks_per_node = {self.world_size} ranks cannot be divided into "
+                f"tensor x pipeline parallel groups of {self.parallel.model_parallel_size}"
+            )
+
+    @property
+    def world_size(self) -> int:
+        """Ranks of the trainer."""
+        return self.trainer.num_nodes * (self.trainer.ranks_per_node or self.parallel.model_parallel_size)
+
+    @property
+    def data_parallel_size(self) -> int:
+        return self.world_size // self.parallel.model_parallel_size
+
+
+# What a user of verl types by habit; a tuple sets several keys.
+ALIASES: dict[str, str | tuple[str, ...]] = {
+    "data.train_batch_size": "data.prompts_per_step",
+    "data.max_response_length": "rollout.max_new_tokens",
+    "actor_rollout_ref.model.path": "model.path",
+    "rollout.n": "rollout.group_size",
+    "rollout.response_length": "rollout.max_new_tokens",
+    "rollout.tensor_model_parallel_size": "rollout.tensor_parallel_size",
+    "rollout.engine_kwargs.sglang": "rollout.engine",
+    "rollout.val_kwargs.temperature": "rollout.eval_temperature",
+    "actor.clip_ratio": ("algorithm.clip_ratio_low", "algorithm.clip_ratio_high"),
+    "actor.clip_ratio_low": "algorithm.clip_ratio_low",
+    "actor.clip_ratio_high": "algorithm.clip_ratio_high",
+    "actor.clip_ratio_c": "algorithm.clip_ratio_dual",
+    "actor.entropy_coeff": "algorithm.entropy_coef",
+    "actor.kl_loss_coef": "algorithm.kl_coef",
+    "actor.kl_loss_type": "algorithm.kl_estimator",
+    "actor.ppo_epochs": "algorithm.num_epochs",
+    "actor.ppo_max_token_len_per_gpu": "trainer.max_tokens_per_microbatch",
+    "actor.loss_agg_mode": "algorithm.loss_weights",
+    "actor.optim.lr": "optimizer.lr",
+    "actor.optim.weight_decay": "optimizer.weight_decay",
+    "actor.optim.clip_grad": "optimizer.clip_grad",
+    "actor.optim.lr_warmup_steps": "optimizer.lr_warmup_steps",
+    "actor.megatron.tensor_model_parallel_size": "parallel.tensor_model_parallel_size",
+    "actor.megatron.pipeline_model_parallel_size": "parallel.pipeline_model_parallel_size",
+    "actor.megatron.sequence_parallel": "parallel.sequence_parallel",
+    "actor.megatron.use_distributed_optimizer": "parallel.use_distributed_optimizer",
+    "actor.megatron.override_transformer_config": "model.megatron",
+    "algorithm.adv_estimator": "algorithm.advantage",
+    "algorithm.norm_adv_by_std_in_grpo": "algorithm.normalize_by_std",
+    "trainer.nnodes": "trainer.num_nodes",
+    "trainer.n_gpus_per_node": "trainer.ranks_per_node",
+    "trainer.total_training_steps": "trainer.num_steps",
+    "trainer.save_freq": "checkpoint.save_every",
+    "trainer.test_freq": "trainer.eval_every",
+    "trainer.resume_mode": "trainer.resume",
+    "trainer.resume_from_path": "trainer.resume",
+    "trainer.project_name": "observability.project",
+    "trainer.experiment_name": "name",
+    "trainer.logger": "observability.trackers",
+    "trainer.default_local_dir": "trainer.run_dir",
+}
+
+
+# verl's spelling of a value, by megarl's key.
+VALUE_ALIASES: dict[str, dict[str, str]] = {
+    "algorithm.loss_weights": {
+        "token-mean": "token_mean",
+        "seq-mean-token-mean": "sequence_mean",
+    },
+    "algorithm.kl_estimator": {"kl": "k1", "mse": "k2", "low_var_kl": "k3"},
+    "trainer.resume": {"disable": "never"},
+}
+
+
+def translate(key: str) -> tuple[str, ...]:
+    """Return megarl's spelling of ``key``, which may be verl's, with or without its ``actor_rollout_ref.`` prefix."""
+    bare = key.removeprefix("+").removeprefix("actor_rollout_ref.")
+    for verl, ours in ALIASES.items():
+        if bare == verl or bare.startswith(verl + "."):
+            return tuple(name + bare[len(verl) :] for name in ([ours] if isinstance(ours, str) else ours))
+    return (bare,)
+
+
+def _leaves(tree: dict[str, Any], prefix: str = "") -> list[str]:
+    """Every dotted key of a tree of dictionaries that holds a value."""
+    keys = []
+    for name, value in tree.items():
+        keys += _leaves(value, f"{prefix}{name}.") if isinstance(value, dict) and value else [prefix + str(name)]
+    return keys
+
+
+def _unknown(key: str, tree: DictConfig) -> str:
+    known = _leaves(OmegaConf.to_container(tree, resolve=False))
+    last = {k.rpartition(".")[2]: k for k in known}
+    near = difflib.get_close_matches(key, known, n=1) or [
+        last[name] for name in difflib.get_close_matches(key.rpartition(".")[2], last, n=1)
+    ]
+    return f"unknown key {key!r}" + (f"; did you mean {near[0]!r}?" if near else "")
+
+
+def _override(tree: DictConfig, key: str, value: str) -> DictConfig:
+    """Return ``tree`` with ``key`` set; a single value becomes a list where a list is expected."""
+    try:
+        if isinstance(OmegaConf.select(tree, key), ListConfig) and not value.startswith("["):
+            value = f"[{value}]"
+        return OmegaConf.merge(tree, OmegaConf.from_dotlist([f"{key}={value}"]))
+    except ConfigKeyError as error:
+        raise ValueError(_unknown(key, tree)) from error
+    except (OmegaConfBaseException, TypeError) as error:
+        raise ValueError(f"{key}={value}: {str(error).splitlines()[0]}") from error
+
+
+def _to_object(tree: DictConfig) -> RunConfig:
+    try:
+        return OmegaConf.to_object(tree)
+    except OmegaConfBaseException as error:
+        raise ValueError(f"{error.full_key}: {str(error).splitlines()[0]}") from error
+
+
+def apply_overrides(config: RunConfig, overrides: list[str]) -> RunConfig:
+    """Return a copy of ``config`` with ``dotted.key=value`` overrides applied, every field checked against its type.
+
+    Raises ``ValueError`` that names the key: unknown (with the nearest known one), of the wrong type, or impossible.
+    """
+    tree = OmegaConf.structured(config)
+    for override in overrides:
+        typed, equals, value = override.partition("=")
+        if not equals:
+            raise ValueError(f"{override!r} is not an override: write key=value")
+        for key in translate(typed):
+            translated = VALUE_ALIASES.get(key, {}).get(value, value)
+            if (key, translated) != (typed, value):
+                print(f"{override} is {key}={translated} in megarl", file=sys.stderr)
+            tree = _override(tree, key, translated)
+    return _to_object(tree)
+
+
+def load_experiment(path: str | Path, overrides: list[str] | None = None) -> RunConfig:
+    """Run an experiment file (or read a run's config.yaml) and return its configuration with ``overrides`` applied."""
+    if Path(path).suffix in (".yaml", ".yml"):
+        try:
+            config = _to_object(OmegaConf.merge(OmegaConf.structured(RunConfig), OmegaConf.load(path)))
+        except OmegaConfBaseException as error:
+            raise ValueError(f"{path}: {error.full_key}: {str(error).splitlines()[0]}") from error
+        except (ValueError, TypeError, YAMLError) as error:
+            raise ValueError(f"{path}: {error}") from error
+    else:
+        module = load_file(path)
+        if not hasattr(module, "config"):
+            raise ValueError(f"{path} defines no `config`: an experiment is a file with config = RunConfig(...)")
+        config = module.config() if callable(module.config) else module.config
+    if not isinstance(config, RunConfig):
+        raise ValueError(f"{path}: `config` is a {type(config).__name__}, not a RunConfig")
+    return apply_overrides(config, overrides or [])
+
+
+def to_yaml(config: RunConfig) -> str:
+    """The resolved configuration as YAML, every key present."""
+    return OmegaConf.to_yaml(OmegaConf.structured(config))

@@ -1,0 +1,170 @@
+"""Rows of JSONL and parquet files, and the prompts they hold.
+
+A row is ``{"prompt": str | [messages], "images": [...], "answer": ...}`` under the keys that ``DataConfig`` names. An
+image is a path (relative to the file), encoded bytes, or ``{"bytes": ..., "path": ...}``; ``<image>`` in a text is its
+place. verl's rows are rows: ``reward_model.ground_truth`` stands in for a missing answer, and ``data_source`` and
+``extra_info`` reach the reward. Files are held in memory; large image sets belong in JSONL, which names image files.
+"""
+
+from __future__ import annotations
+
+import difflib
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from megarl.config import DataConfig
+from megarl.types import Message, Prompt
+
+IMAGE = "<image>"
+
+
+@dataclass(frozen=True)
+class Row:
+    """One row of a file."""
+
+    values: dict[str, Any]
+    where: str  # "file:line", for errors
+    folder: Path  # that relative paths of images start from
+
+    def get(self, key: str, option: str) -> Any:
+        """``values[key]``; ``option`` is the configuration's name for it, or the key itself. Raises ``ValueError``."""
+        if key not in self.values:
+            near = difflib.get_close_matches(key, self.values, n=1)
+            hint = f"; did you mean {near[0]!r}?" if near else f" among {', '.join(self.values)}"
+            raise ValueError(f"{self.where}: no key {key!r} ({option}){hint}")
+        return self.values[key]
+
+    def prompt(self, id: str, task: str, data: DataConfig) -> Prompt:
+        """The row as a prompt; columns that ``data`` does not name go to ``metadata``. Errors name file:line."""
+        self._check_keys(data)
+        images = self._images(data.image_key)
+        messages = _place_images(self._messages(data.prompt_key), len(images), self.where, data.image_key)
+        taken = (data.prompt_key, data.image_key, data.answer_key, data.target_key)
+        return Prompt(
+            id=id,
+            task=task,
+            messages=messages,
+            images=images,
+            answer=self._answer(data.answer_key),
+            target=self.values.get(data.target_key),
+            metadata={key: value for key, value in self.values.items() if key not in taken},
+        )
+
+    def _check_keys(self, data: DataConfig) -> None:
+        """A key that is almost one of ours, while ours is missing, is a slip and not a column of the user's."""
+        options = {
+            data.image_key: "data.image_key",
+            data.answer_key: "data.answer_key",
+            data.target_key: "data.target_key",
+        }
+        for key in self.values:
+            for near in difflib.get_close_matches(key, [k for k in options if k not in self.values], n=1, cutoff=0.8):
+                raise ValueError(f"{self.where}: unknown key {key!r}; did you mean {near!r} ({options[near]})?")
+
+    def _answer(self, key: str) -> Any:
+        if key in self.values:
+            return self.values[key]
+        reward_model = self.values.get("reward_model")
+        return reward_model.get("ground_truth") if isinstance(reward_model, dict) else None
+
+    def _messages(self, key: str) -> list[Message]:
+        prompt = self.get(key, "data.prompt_key")
+        if isinstance(prompt, str):
+            return [{"role": "user", "content": prompt}]
+        if not isinstance(prompt, list) or not prompt:
+            raise ValueError(f"{self.where}: {key!r} is neither a text nor a list of messages")
+        for number, message in enumerate(prompt):
+            if not isinstance(message, dict) or not {"role", "content"} <= message.keys():
+                raise ValueError(f"{self.where}: {key}[{number}] is not a message with role and content")
+            if not isinstance(message["content"], str | list):
+                raise ValueError(f"{self.where}: {key}[{number}].content is neither a text nor a list of parts")
+        return prompt
+
+    def _images(self, key: str) -> list[bytes]:
+        images = self.values.get(key)
+        if images is None:
+            return []
+        images = images if isinstance(images, list) else [images]
+        return [self._image(image, f"{key}[{index}]") for index, image in enumerate(images)]
+
+    def _image(self, image: Any, name: str) -> bytes:
+        if isinstance(image, dict) and image.get("bytes") is not None:
+            image = image["bytes"]
+        elif isinstance(image, dict) and "path" in image:
+            image = image["path"]
+        if isinstance(image, bytes):
+            return image
+        if not isinstance(image, str):
+            raise ValueError(f"{self.where}: {name} is {type(image).__name__}, neither a path nor bytes")
+        try:
+            return (self.folder / image).read_bytes()
+        except OSError as error:
+            raise ValueError(f"{self.where}: {name}: cannot read {self.folder / image}: {error.strerror}") from error
+
+
+def _place_images(messages: list[Message], num_images: int, where: str, key: str) -> list[Message]:
+    """Write every ``<image>`` as a part; with no placeholder at all the images come first in the first user message."""
+    placed = [{**message, "content": _parts(message["content"])} for message in messages]
+    count = sum(part.get("type") == "image" for message in placed for part in message["content"])
+    if count == 0 and num_images:
+        for message in placed:
+            if message["role"] == "user":
+                message["content"] = [{"type": "image"}] * num_images + message["content"]
+                count = num_images
+                break
+    if count != num_images:
+        raise ValueError(f"{where}: {count} image placeholders for {num_images} images in {key!r}")
+    return placed
+
+
+def _parts(content: str | list[dict[str, Any]]) -> list[dict[str, Any]]:
+    if isinstance(content, list):
+        # A parquet struct has every field of every part, absent ones as None.
+        return [{key: value for key, value in part.items() if value is not None} for part in content]
+    parts: list[dict[str, Any]] = []
+    for number, text in enumerate(content.split(IMAGE)):
+        parts += [{"type": "image"}] if number else []
+        parts += [{"type": "text", "text": text}] if text else []
+    return parts
+
+
+def read_rows(paths: list[str] | list[Path]) -> list[Row]:
+    """All rows of ``paths`` in order. Raises ``FileNotFoundError`` or ``ValueError`` naming the file and line."""
+    readers = {".jsonl": _read_jsonl, ".parquet": _read_parquet}
+    rows: list[Row] = []
+    for path in map(Path, paths):
+        if path.suffix not in readers:
+            raise ValueError(f"{path}: data files end in {' or '.join(readers)}")
+        if not path.is_file():
+            raise FileNotFoundError(f"{path}: no such data file")
+        rows += readers[path.suffix](path)
+    return rows
+
+
+def _read_jsonl(path: Path) -> list[Row]:
+    rows = []
+    with path.open("rb") as file:
+        for number, line in enumerate(file, start=1):
+            if not line.strip():
+                continue
+            try:
+                values = json.loads(line)
+            except ValueError as error:  # also bytes that are not UTF-8
+                raise ValueError(f"{path}:{number}: not JSON: {error}") from error
+            if not isinstance(values, dict):
+                raise ValueError(f"{path}:{number}: a row is an object, not {type(values).__name__}")
+            rows.append(Row(values, f"{path}:{number}", path.parent))
+    return rows
+
+
+def _read_parquet(path: Path) -> list[Row]:
+    import pyarrow  # optional: only parquet files need it
+    import pyarrow.parquet
+
+    try:
+        table = pyarrow.parquet.read_table(path)
+    except pyarrow.ArrowException as error:
+        raise ValueError(f"{path}: not a parquet file: {error}") from error
+    return [Row(values, f"{path}:{number}", path.parent) for number, values in enumerate(table.to_pylist(), start=1)]

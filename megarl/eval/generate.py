@@ -1,0 +1,47 @@
+"""Prompts in, rewarded samples out: rewards are computed while other prompts still generate."""
+
+from __future__ import annotations
+
+from concurrent.futures import Future
+
+from megarl.rewards.runner import RewardRunner, Score
+from megarl.rollout.manager import RolloutManager
+from megarl.types import EncodedPrompt, Sample
+
+SEED_STRIDE = 1 << 32  # between the seeds of two runs; steps count up from a run's, evaluations down
+
+
+def generate_rewarded(
+    rollout: RolloutManager,
+    rewards: RewardRunner,
+    prompts: list[EncodedPrompt],
+    *,
+    group_size: int,
+    temperature: float,
+    max_new_tokens: int,
+    step_seed: int,
+) -> tuple[list[Sample], int]:
+    """``group_size`` samples of each prompt with their rewards, and how many were dropped for want of one.
+
+    Raises ``RewardError`` unless ``rewards.on_error`` is drop.
+    """
+    pending: dict[int, Future[Score]] = {}
+
+    def submit(group: list[Sample]) -> None:
+        pending.update({id(sample): rewards.submit(sample.prompt, sample.response) for sample in group})
+
+    samples = rollout.generate(
+        prompts,
+        group_size=group_size,
+        temperature=temperature,
+        max_new_tokens=max_new_tokens,
+        step_seed=step_seed,
+        on_samples=submit,
+    )
+    scores = rewards.gather(pending[id(sample)] for sample in samples)
+    kept = []
+    for sample, score in zip(samples, scores, strict=True):
+        if score.error is None:
+            sample.rewards, sample.reward = score.rewards, score.rewards["score"]
+            kept.append(sample)
+    return kept, len(samples) - len(kept)

@@ -1,0 +1,1 @@
+"""The operations worth fusing, each beside its plain torch form."""

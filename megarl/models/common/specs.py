@@ -1,0 +1,67 @@
+"""Layer specs: which modules a transformer layer is made of, in torch alone or from Transformer Engine."""
+
+from __future__ import annotations
+
+from megatron.core.models.gpt.gpt_layer_specs import (
+    get_gpt_layer_local_spec,
+    get_gpt_layer_with_transformer_engine_spec,
+)
+from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear
+from megatron.core.transformer.enums import AttnMaskType
+from megatron.core.transformer.mlp import MLPSubmodules
+from megatron.core.transformer.spec_utils import ModuleSpec
+from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
+
+from megarl.config import ModelConfig
+from megarl.parallel.attention import RMSNorm, TorchAttention
+
+# A Transformer Engine layer fuses its norms into the linear layers behind them; mapping tables know the plain names.
+FUSED_NORMS = {
+    "self_attention.linear_qkv.layer_norm_": "input_layernorm.",
+    "mlp.linear_fc1.layer_norm_": "pre_mlp_layernorm.",
+}
+
+
+def require_transformer_engine() -> None:
+    """Raise an ``ImportError`` that says what to install unless Transformer Engine can be imported."""
+    try:
+        import transformer_engine.pytorch  # noqa: F401  optional: needs CUDA to build and to import
+    except (ImportError, RuntimeError, OSError) as error:  # its empty meta package raises RuntimeError
+        raise ImportError(
+            "model.transformer_impl=transformer_engine needs the package transformer-engine built for this torch "
+            "(pip install --no-build-isolation 'transformer-engine[pytorch]>=2.9,<2.12'); "
+            "model.transformer_impl=local needs nothing"
+        ) from error
+
+
+def layer_spec(model: ModelConfig, *, causal: bool = True) -> ModuleSpec:
+    """A pre-norm RMSNorm layer with rotary self-attention over packed sequences."""
+    mask = AttnMaskType.causal if causal else AttnMaskType.no_mask
+    if model.transformer_impl == "transformer_engine":
+        require_transformer_engine()
+        spec = get_gpt_layer_with_transformer_engine_spec()
+    else:
+        spec = get_gpt_layer_local_spec(normalization="RMSNorm")
+        spec.submodules.input_layernorm = spec.submodules.pre_mlp_layernorm = RMSNorm
+        spec.submodules.self_attention.submodules.core_attention = ModuleSpec(
+            module=TorchAttention, params={"backend": model.attention_backend}
+        )
+    spec.submodules.self_attention.params = {"attn_mask_type": mask}
+    return spec
+
+
+def block_spec(layer: ModuleSpec, num_layers: int) -> TransformerBlockSubmodules:
+    """``num_layers`` equal layers and, where the block has one, a final RMSNorm."""
+    return TransformerBlockSubmodules(layer_specs=[layer] * num_layers, layer_norm=RMSNorm)
+
+
+def mlp_spec() -> MLPSubmodules:
+    """Two tensor-parallel linear layers."""
+    return MLPSubmodules(linear_fc1=ColumnParallelLinear, linear_fc2=RowParallelLinear)
+
+
+def unfused_name(name: str) -> str:
+    """The name that a parameter of any spec has in the local one."""
+    for fused, plain in FUSED_NORMS.items():
+        name = name.replace(fused, plain)
+    return name

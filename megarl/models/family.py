@@ -1,0 +1,50 @@
+"""The contract between a model family and the rest of megarl, and the families by Hugging Face architecture."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from megatron.core.transformer.module import MegatronModule
+from transformers import PretrainedConfig
+
+from megarl.config import ParallelConfig
+from megarl.models.mapping import Mapping
+from megarl.models.qwen_vl.config import validate as qwen_vl_validate
+from megarl.models.qwen_vl.mapping import mappings as qwen_vl_mappings
+from megarl.models.qwen_vl.model import QwenVLModel
+
+
+@dataclass(frozen=True)
+class Family:
+    """``build(hf_config, model, parallel, *, pre_process, post_process)`` makes a pipeline stage of the model.
+
+    It raises ``ValueError`` that names the key when the layout cannot divide the model, and so does
+    ``validate(hf_config, parallel)`` by itself. A model offers ``forward``
+    (hidden states on the last stage), ``output_weight``, ``vocab_size``, ``freeze`` and ``global_name``.
+    """
+
+    name: str
+    architectures: tuple[str, ...]
+    build: Callable[..., MegatronModule]
+    mappings: Callable[[PretrainedConfig], list[Mapping]]
+    validate: Callable[[PretrainedConfig, ParallelConfig], None]
+
+
+QWEN_VL = Family(
+    name="qwen_vl",
+    architectures=("Qwen2_5_VLForConditionalGeneration",),
+    build=QwenVLModel,
+    mappings=qwen_vl_mappings,
+    validate=qwen_vl_validate,
+)
+
+FAMILIES: dict[str, Family] = {architecture: family for family in (QWEN_VL,) for architecture in family.architectures}
+
+
+def family_of(hf_config: PretrainedConfig) -> Family:
+    """The family of ``hf_config.architectures[0]``; ``ValueError`` when megarl has none."""
+    architectures = hf_config.architectures or []
+    if not architectures or architectures[0] not in FAMILIES:
+        raise ValueError(f"architectures={architectures} is not one of {', '.join(FAMILIES)}")
+    return FAMILIES[architectures[0]]

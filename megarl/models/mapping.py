@@ -1,0 +1,136 @@
+"""How one Megatron parameter corresponds to tensors of a Hugging Face checkpoint, read in both directions.
+
+A model family declares one list of these (``models/<family>/mapping.py``): a mapping for each parameter of the whole,
+unsplit model, layers numbered globally. Loading, export, the converters and weight sync are all readers of that list;
+nothing else knows a parameter's name. Everything here is a pure function of tensors; collectives live in the readers.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+HFTensors = dict[str, Tensor]
+VOCAB_MULTIPLE = 128  # rows of an embedding are padded to a multiple
+
+
+@dataclass(frozen=True, kw_only=True)
+class Mapping:
+    """One Megatron parameter, the Hugging Face tensors it is made of, and the dimension tensor parallelism splits."""
+
+    megatron: str  # name in the unsplit model
+    hf: tuple[str, ...]  # names in the checkpoint's files
+    shard_dim: int | None = None  # None: replicated over tensor-parallel ranks
+    optional: tuple[str, ...] = field(default=())  # of ``hf``: may be absent from a checkpoint
+
+    def to_megatron(self, tensors: HFTensors) -> Tensor:
+        """The whole Megatron parameter, from all tensors named in ``hf``."""
+        return tensors[self.hf[0]]
+
+    def to_hf(self, tensor: Tensor) -> HFTensors:
+        """The Hugging Face tensors, from the whole Megatron parameter."""
+        return {self.hf[0]: tensor}
+
+    def split(self, tensor: Tensor, size: int) -> list[Tensor]:
+        """The shards of the ``size`` tensor-parallel ranks, in order of rank."""
+        if self.shard_dim is None:
+            return [tensor] * size
+        if tensor.shape[self.shard_dim] % size:
+            raise ValueError(
+                f"{self.megatron}: dimension {self.shard_dim} of {tuple(tensor.shape)} cannot be split over "
+                f"{size} tensor-parallel ranks"
+            )
+        return list(tensor.chunk(size, dim=self.shard_dim))
+
+    def join(self, shards: list[Tensor]) -> Tensor:
+        """The inverse of ``split``."""
+        return shards[0] if self.shard_dim is None else torch.cat(shards, dim=self.shard_dim)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Vocab(Mapping):
+    """An embedding or output matrix, whose rows Megatron pads so that tensor parallelism divides them."""
+
+    vocab_size: int  # rows in the checkpoint
+    shard_dim: int | None = 0
+
+    def to_megatron(self, tensors: HFTensors) -> Tensor:
+        tensor = tensors[self.hf[0]]
+        padding = padded_vocab_size(self.vocab_size) - self.vocab_size
+        return torch.cat([tensor, tensor.new_zeros(padding, *tensor.shape[1:])])
+
+    def to_hf(self, tensor: Tensor) -> HFTensors:
+        return {self.hf[0]: tensor[: self.vocab_size]}
+
+
+@dataclass(frozen=True, kw_only=True)
+class QKV(Mapping):
+    """Query, key and value projections, in Megatron one matrix: for each key-value group its queries, key, value."""
+
+    num_heads: int
+    num_groups: int
+    shard_dim: int | None = 0
+
+    def to_megatron(self, tensors: HFTensors) -> Tensor:
+        return torch.cat([tensors[name].unflatten(0, (self.num_groups, -1)) for name in self.hf], dim=1).flatten(0, 1)
+
+    def to_hf(self, tensor: Tensor) -> HFTensors:
+        head = tensor.shape[0] // (self.num_heads + 2 * self.num_groups)
+        queries = head * (self.num_heads // self.num_groups)
+        parts = tensor.unflatten(0, (self.num_groups, -1)).split([queries, head, head], dim=1)
+        return {name: part.flatten(0, 1) for name, part in zip(self.hf, parts, strict=True)}
+
+
+@dataclass(frozen=True, kw_only=True)
+class FusedQKV(Mapping):
+    """A projection stored as all queries, all keys, all values ([3, heads, head]); in Megatron as ``QKV``."""
+
+    num_heads: int
+    shard_dim: int | None = 0
+
+    def to_megatron(self, tensors: HFTensors) -> Tensor:
+        return tensors[self.hf[0]].unflatten(0, (3, self.num_heads, -1)).transpose(0, 1).flatten(0, 2)
+
+    def to_hf(self, tensor: Tensor) -> HFTensors:
+        return {self.hf[0]: tensor.unflatten(0, (self.num_heads, 3, -1)).transpose(0, 1).flatten(0, 2)}
+
+
+@dataclass(frozen=True, kw_only=True)
+class GatedMLP(Mapping):
+    """The gate and up projections of a gated MLP, in Megatron one matrix; each rank holds [its gate; its up]."""
+
+    shard_dim: int | None = 0
+
+    def to_megatron(self, tensors: HFTensors) -> Tensor:
+        return torch.cat([tensors[name] for name in self.hf])
+
+    def to_hf(self, tensor: Tensor) -> HFTensors:
+        return dict(zip(self.hf, tensor.chunk(2), strict=True))
+
+    def split(self, tensor: Tensor, size: int) -> list[Tensor]:
+        halves = [super(GatedMLP, self).split(half, size) for half in tensor.chunk(2)]
+        return [torch.cat(parts) for parts in zip(*halves, strict=True)]
+
+    def join(self, shards: list[Tensor]) -> Tensor:
+        halves = zip(*(shard.chunk(2) for shard in shards), strict=True)
+        return torch.cat([part for half in halves for part in half])
+
+
+@dataclass(frozen=True, kw_only=True)
+class Flattened(Mapping):
+    """A convolution whose stride is its kernel, in Megatron the matrix of a linear layer over flattened patches."""
+
+    kernel: tuple[int, ...]  # shape of the checkpoint's tensor behind its first dimension
+
+    def to_megatron(self, tensors: HFTensors) -> Tensor:
+        return tensors[self.hf[0]].flatten(1)
+
+    def to_hf(self, tensor: Tensor) -> HFTensors:
+        return {self.hf[0]: tensor.unflatten(1, self.kernel)}
+
+
+def padded_vocab_size(vocab_size: int) -> int:
+    """Rows of an embedding that hold ``vocab_size`` tokens; the same for every tensor-parallel size."""
+    return -(-vocab_size // VOCAB_MULTIPLE) * VOCAB_MULTIPLE

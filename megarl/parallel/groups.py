@@ -1,0 +1,58 @@
+"""The process groups of a rank: Megatron-Core's ``parallel_state``, plus what it has no name for."""
+
+from __future__ import annotations
+
+import torch
+import torch.distributed as dist
+from megatron.core import parallel_state, tensor_parallel
+from megatron.core.process_groups_config import ProcessGroupCollection
+
+from megarl.config import ParallelConfig
+from megarl.parallel import mcore_cpu
+
+_solo: dist.ProcessGroup | None = None
+
+
+def initialize(parallel: ParallelConfig, seed: int) -> None:
+    """Build the model-parallel groups and seed the generators. Every rank of the world calls it.
+
+    ``torch.distributed`` must be initialised. Weights that are not loaded are drawn alike on every data-parallel rank.
+    Raises ``ValueError`` when the world cannot be divided.
+    """
+    global _solo
+    mcore_cpu.enter()
+    world_size = dist.get_world_size()
+    if world_size % parallel.model_parallel_size:
+        raise ValueError(
+            f"{world_size} ranks cannot be divided by parallel.tensor_model_parallel_size="
+            f"{parallel.tensor_model_parallel_size} x parallel.pipeline_model_parallel_size="
+            f"{parallel.pipeline_model_parallel_size}"
+        )
+    parallel_state.initialize_model_parallel(
+        tensor_model_parallel_size=parallel.tensor_model_parallel_size,
+        pipeline_model_parallel_size=parallel.pipeline_model_parallel_size,
+    )
+    _solo, _ = dist.new_subgroups(group_size=1)
+    torch.manual_seed(seed)
+    tensor_parallel.model_parallel_cuda_manual_seed(seed, force_reset_rng=True)
+
+
+def destroy() -> None:
+    """Forget the groups that ``initialize`` built, so that it may build others. Every rank of the world calls it."""
+    global _solo
+    _solo = None
+    parallel_state.destroy_model_parallel()
+
+
+def solo_group() -> dist.ProcessGroup:
+    """The group that holds only this rank."""
+    if _solo is None:
+        raise RuntimeError("megarl.parallel.groups.initialize has not been called in this process")
+    return _solo
+
+
+def unpipelined() -> ProcessGroupCollection:
+    """Groups for a module that lives whole on one pipeline stage and sees whole sequences: tensor parallel only."""
+    groups = ProcessGroupCollection.use_mpu_process_groups()
+    groups.pp = groups.cp = solo_group()
+    return groups

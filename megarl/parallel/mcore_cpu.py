@@ -1,0 +1,210 @@
+"""Run the real Megatron-Core on a machine without CUDA, over gloo.
+
+``install()`` replaces the few CUDA entry points that Megatron-Core 0.16 calls unconditionally; with CUDA it does
+nothing. It must run before the first ``import megatron``: ``megarl.parallel`` does it on import.
+
+A ``TorchFunctionMode`` turns ``device="cuda"`` and ``Tensor.cuda()`` inside Megatron-Core into the CPU. Torch keeps
+such modes per thread: a thread other than the one that called ``install()`` calls ``enter()`` before it runs Megatron
+code (``groups.initialize`` does, so a Ray actor whose methods all run in one thread needs nothing more).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import threading
+import warnings
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
+
+_CUDA_SPELLING = {
+    f"torch.{n}": f"torch.cuda.{n}" for n in ("FloatTensor", "BFloat16Tensor", "HalfTensor", "DoubleTensor")
+}
+_installed = False
+_thread = threading.local()
+
+
+def _is_cuda(device: Any) -> bool:
+    return (isinstance(device, str) and device.startswith("cuda")) or (
+        isinstance(device, torch.device) and device.type == "cuda"
+    )
+
+
+class _CudaIsCpu(TorchFunctionMode):
+    """What ``torch.cuda`` does not reach: device literals, ``Tensor.cuda``, ``Tensor.type``, pinned memory."""
+
+    def __torch_function__(self, func: Callable, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+        kwargs = kwargs or {}
+        if kwargs.get("pin_memory"):
+            kwargs = {**kwargs, "pin_memory": False}
+        if _is_cuda(kwargs.get("device")):
+            kwargs = {**kwargs, "device": "cpu"}
+        if func is Tensor.cuda:
+            return args[0]
+        if func is Tensor.record_stream:
+            return None
+        if func is Tensor.type and len(args) == 1 and not kwargs:
+            # the optimizers compare these strings
+            name = func(*args)
+            return _CUDA_SPELLING.get(name, name)
+        if func is Tensor.to and len(args) > 1 and _is_cuda(args[1]):
+            args = (args[0], "cpu", *args[2:])
+        return func(*args, **kwargs)
+
+
+class _Event:
+    def __init__(self, *args: Any, **kwargs: Any) -> None: ...
+    def record(self, stream: Any = None) -> None: ...
+    def wait(self, stream: Any = None) -> None: ...
+    def synchronize(self) -> None: ...
+    def query(self) -> bool:
+        return True
+
+    def elapsed_time(self, other: _Event) -> float:
+        return 0.0
+
+
+class _Stream:
+    def __init__(self, *args: Any, **kwargs: Any) -> None: ...
+    def wait_stream(self, stream: Any) -> None: ...
+    def wait_event(self, event: Any) -> None: ...
+    def synchronize(self) -> None: ...
+    def query(self) -> bool:
+        return True
+
+    def record_event(self, event: Any = None) -> Any:
+        return event or _Event()
+
+
+class FusedAdam(torch.optim.Optimizer):
+    """AdamW with the interface of the fused one (apex, Transformer Engine): ``step`` lives in the parameter group.
+
+    Megatron-Core's DistributedOptimizer cannot restore ``torch.optim.AdamW``, which keeps its step per parameter.
+    """
+
+    def __init__(
+        self,
+        params: Iterable,
+        lr: float = 1e-3,
+        bias_correction: bool = True,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-8,
+        adam_w_mode: bool = True,
+        weight_decay: float = 0.0,
+        **_: Any,
+    ) -> None:
+        super().__init__(
+            params,
+            {"lr": lr, "bias_correction": bias_correction, "betas": betas, "eps": eps, "weight_decay": weight_decay},
+        )
+        self.adam_w_mode = adam_w_mode
+
+    @torch.no_grad()
+    def step(self, closure: Callable | None = None) -> None:
+        """One update of every parameter that has a gradient."""
+        for group in self.param_groups:
+            group["step"] = group.get("step", 0) + 1
+            lr, eps, decay, (beta1, beta2) = group["lr"], group["eps"], group["weight_decay"], group["betas"]
+            correction1, correction2 = 1.0, 1.0
+            if group["bias_correction"]:
+                correction1, correction2 = 1 - beta1 ** group["step"], 1 - beta2 ** group["step"]
+            for param in group["params"]:
+                if param.grad is None:
+                    continue
+                state, grad = self.state[param], param.grad
+                if not state:
+                    state["exp_avg"], state["exp_avg_sq"] = torch.zeros_like(param), torch.zeros_like(param)
+                if self.adam_w_mode:
+                    param.mul_(1 - lr * decay)
+                else:
+                    grad = grad.add(param, alpha=decay)
+                state["exp_avg"].lerp_(grad, 1 - beta1)
+                state["exp_avg_sq"].mul_(beta2).addcmul_(grad, grad, value=1 - beta2)
+                root = (state["exp_avg_sq"] / correction2).sqrt_().add_(eps)
+                param.addcdiv_(state["exp_avg"], root, value=-lr / correction1)
+
+
+def _patch_cuda() -> None:
+    stream = _Stream()
+    replacements = {
+        "current_device": torch.cpu.current_device,
+        "synchronize": lambda device=None: None,
+        "empty_cache": lambda: None,
+        "set_device": lambda device: None,
+        "current_stream": lambda device=None: stream,
+        "default_stream": lambda device=None: stream,
+        "stream": lambda stream: contextlib.nullcontext(),
+        "Stream": _Stream,
+        "Event": _Event,
+        # not torch.manual_seed: that one calls torch.cuda back
+        "manual_seed": lambda seed: torch.default_generator.manual_seed(int(seed)),
+        "get_rng_state": lambda device=None: torch.get_rng_state(),
+        "set_rng_state": lambda state, device=None: torch.set_rng_state(state),
+    }
+    for name, value in replacements.items():
+        setattr(torch.cuda, name, value)
+    torch.cuda.nvtx.range_push = lambda *args, **kwargs: 0
+    torch.cuda.nvtx.range_pop = lambda: 0
+
+
+def _import_without_compiling() -> None:
+    # `import megatron.core` applies @jit_fuser, which is torch.compile, before anything can disable it
+    compile_ = torch.compile
+    torch.compile = lambda model=None, **kwargs: model if model is not None else (lambda function: function)
+    try:
+        from megatron.core import jit
+
+        jit.disable_jit_fuser()
+    finally:
+        torch.compile = compile_
+
+
+def _patch_megatron() -> None:
+    # megatron only now: importing it earlier would compile
+    from megatron.core import optimizer
+    from megatron.core.optimizer import distrib_optimizer
+    from megatron.core.tensor_parallel import random
+    from megatron.core.transformer.moe import moe_utils, token_dispatcher
+
+    random._get_cuda_rng_state = lambda device="cuda", clone=False, graph_safe=False: torch.get_rng_state()
+    random._set_cuda_rng_state = lambda new_state, device=-1, graph_safe=False: torch.set_rng_state(new_state)
+    if not hasattr(moe_utils, "te_general_gemm"):  # upstream: never bound without Transformer Engine
+        moe_utils.te_general_gemm = None
+    if optimizer.USING_PYTORCH_OPTIMIZER:
+        optimizer.Adam, optimizer.USING_PYTORCH_OPTIMIZER = FusedAdam, False
+        distrib_optimizer.Adam = FusedAdam
+        distrib_optimizer.HAVE_APEX_OR_TE = distrib_optimizer.USING_APEX_OPTIMIZER = True
+    move = token_dispatcher.maybe_move_tensor_to_cpu
+
+    def move_to_cpu(tensor: Any, as_numpy: bool = False, record_stream: bool = False) -> Any:
+        # upstream converts only what is on a GPU
+        if torch.is_tensor(tensor) and not tensor.is_cuda and as_numpy:
+            return tensor.numpy()
+        return move(tensor, as_numpy, record_stream)
+
+    token_dispatcher.maybe_move_tensor_to_cpu = move_to_cpu
+
+
+def install() -> None:
+    """Make Megatron-Core run on the CPU, in the calling thread at once; nothing where CUDA is available."""
+    global _installed
+    if torch.cuda.is_available():
+        return
+    if not _installed:
+        _installed = True
+        _patch_cuda()
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # apex and Transformer Engine are not installed: so it is here
+            _import_without_compiling()
+            _patch_megatron()
+    enter()
+
+
+def enter() -> None:
+    """Extend ``install()`` to the calling thread, for as long as it lives; nothing where it is not needed."""
+    if _installed and not hasattr(_thread, "mode"):
+        _thread.mode = _CudaIsCpu()
+        _thread.mode.__enter__()

@@ -1,0 +1,327 @@
+"""One SGLang engine in a Ray actor: token ids and encoded images in, token ids and log-probs out.
+
+The driver imports this module to create the actor, so SGLang is imported only when the actor starts.
+
+Log-probs are log_softmax(logits / temperature) over the true vocabulary without the processor's banned ids, whose
+logits are -inf; at temperature 0 sampling is greedy and log-probs are those of temperature 1.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import math
+import os
+import time
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import psutil
+import torch
+
+from megarl.config import RunConfig
+from megarl.data.processors import Processor
+from megarl.types import FinishReason, Media
+
+_POLL_S = 0.2  # between looks at the engine's processes
+
+
+class EngineDied(RuntimeError):
+    """A process of the engine is gone; nothing will come from it any more."""
+
+
+@dataclass
+class Batch:
+    """Which deterministic batch a request belongs to: it starts when all ``total`` samples have arrived."""
+
+    name: str
+    index: int  # of the request's first sample
+    total: int
+
+
+@dataclass
+class Request:
+    """A prompt to be sampled ``num_samples`` times."""
+
+    name: str  # for errors: the prompt's id
+    tokens: np.ndarray  # [L] int32, image placeholders expanded
+    media: Media
+    num_samples: int
+    temperature: float  # 0: greedy
+    max_new_tokens: int
+    seeds: list[int] | None = None  # one a sample, in a deterministic engine
+    batch: Batch | None = None  # in a deterministic engine
+
+
+@dataclass
+class Response:
+    """One sampled continuation."""
+
+    tokens: np.ndarray  # [N] int32, the end-of-sequence token included
+    logprobs: np.ndarray  # [N] float32
+    finish_reason: FinishReason
+    weight_version: int  # oldest that took part
+
+
+def engine_environment(tensor_parallel_size: int) -> dict[str, str]:
+    """Environment variables that must be set before the actor's process imports torch and SGLang."""
+    environment = {
+        "SGLANG_VLM_CACHE_SIZE_MB": "0",  # its cache of image embeddings outlives weight updates
+        "PYTHONWARNINGS": "ignore::UserWarning",  # each of its processes prints a page while it imports
+        "TQDM_DISABLE": "1",
+    }
+    if torch.version.cuda is None:
+        # Threads of several processes spin against each other on few cores; CPU has no compiled kernels to gain from.
+        environment |= {"SGLANG_USE_CPU_ENGINE": "1", "OMP_NUM_THREADS": "1", "TORCHDYNAMO_DISABLE": "1"}
+        if tensor_parallel_size > 1:  # SGLang would give each rank a NUMA node of its own
+            cores = [str(rank % (os.cpu_count() or 1)) for rank in range(tensor_parallel_size)]
+            environment["SGLANG_CPU_OMP_THREADS_BIND"] = "|".join(cores)
+    return environment
+
+
+def server_arguments(config: RunConfig, hf_dir: str, index: int) -> dict[str, Any]:
+    """SGLang's ServerArgs of engine ``index``; ``rollout.engine`` has the last word."""
+    arguments: dict[str, Any] = {
+        "model_path": hf_dir,
+        "dtype": config.rollout.dtype or config.model.dtype,
+        "tp_size": config.rollout.tensor_parallel_size,
+        "enable_multimodal": True,
+        "random_seed": config.seed + index,
+        "weight_version": "0",
+        "log_level": "error",
+    }
+    deterministic = config.debug.deterministic
+    if deterministic:
+        arguments |= {"disable_radix_cache": True, "schedule_policy": "fcfs"}
+    if torch.version.cuda is None:
+        arguments |= {
+            "device": "cpu",
+            "attention_backend": "torch_native",
+            "disable_cuda_graph": True,
+            "mem_fraction_static": 0.1,
+            "max_total_tokens": 65536,
+            "max_running_requests": 64,
+        }
+    elif deterministic:
+        arguments["enable_deterministic_inference"] = True
+    return arguments | config.rollout.engine
+
+
+class EngineActor:
+    """An SGLang engine; an async Ray actor whose methods may overlap."""
+
+    def __init__(self, config: RunConfig, hf_dir: str, index: int) -> None:
+        # Here, not above: the driver that creates this actor must stay free of SGLang.
+        from megarl.rollout import sglang_process
+
+        self._sglang = sglang_process
+        self._name = f"engine {index}"
+        self._tensor_parallel_size = config.rollout.tensor_parallel_size
+        self._deterministic = config.debug.deterministic
+        self._top_p, self._top_k = config.rollout.top_p, config.rollout.top_k
+        self._processor = Processor(
+            hf_dir, config.model.min_pixels, config.model.max_pixels, config.data.max_image_pixels
+        )
+        self._bias = {str(token): -math.inf for token in self._processor.banned_token_ids}
+        self._pixels_thread = ThreadPoolExecutor(max_workers=1)
+        engine_type = sglang_process.DeterministicEngine if self._deterministic else sglang_process.RolloutEngine
+        self._engine = engine_type(**server_arguments(config, hf_dir, index))
+        self._manager = self._engine.tokenizer_manager
+        # SGLang's watchdog would end this process before an error could say why; ``_watch`` takes its place.
+        self._manager._subprocess_watchdog.stop()
+        self._children = [psutil.Process(pid) for pid in self._engine.get_all_child_pids()]
+        self._death: asyncio.Future[str] | None = None
+
+    async def ping(self) -> dict[str, Any]:
+        """Return once the engine can serve: {"pid": of the actor, "processes": pids of SGLang's children}."""
+        await self._watched(asyncio.sleep(0))
+        return {"pid": os.getpid(), "processes": self._engine.get_all_child_pids(), "host": os.uname().nodename}
+
+    async def generate(self, request: Request) -> list[Response]:
+        """Sample ``request.num_samples`` continuations, in the order of their seeds where there are any."""
+        image_data = await self._image_data(request.media)
+        parameters = {
+            "temperature": request.temperature,
+            "top_p": self._top_p if request.temperature > 0 else 1.0,
+            "top_k": self._top_k if request.temperature > 0 else -1,
+            "max_new_tokens": request.max_new_tokens,
+            "stop_token_ids": list(self._processor.eos_token_ids),
+            "logit_bias": self._bias or None,
+        }
+        if request.batch is None:
+            outputs = await self._submit(request.tokens, image_data, parameters | {"n": request.num_samples})
+        else:
+            batch = request.batch
+            calls = []
+            for offset, seed in enumerate(request.seeds or []):
+                rid = self._sglang.batch_rid(batch.name, batch.index + offset, batch.total)
+                calls.append(self._submit(request.tokens, image_data, parameters | {"sampling_seed": seed}, rid=rid))
+            outputs = [output for answer in await asyncio.gather(*calls) for output in answer]
+        return [self._response(request, output) for output in outputs]
+
+    async def score(self, tokens: np.ndarray, media: Media) -> np.ndarray:
+        """Log-probs [L - 1] float32 of tokens[1:] given what precedes each, at temperature 1.
+
+        The softmax runs over the whole true vocabulary, banned ids included: SGLang masks sampled tokens only. Where
+        the target is a banned id (an image placeholder, ...) the value is 0: SGLang replaces placeholders by hashes.
+        """
+        image_data = await self._image_data(media)
+        parameters = {"temperature": 1.0, "max_new_tokens": 0}
+        (output,) = await self._submit(tokens, image_data, parameters, logprob_start_len=0)
+        values = output["meta_info"]["input_token_logprobs"][1:]
+        logprobs = np.array([value for value, _, _ in values], np.float32)
+        if len(logprobs) != len(tokens) - 1:
+            raise RuntimeError(f"{self._name} scored {len(logprobs) + 1} tokens of {len(tokens)}")
+        return np.where(np.isin(tokens[1:], list(self._processor.banned_token_ids)), np.float32(0), logprobs)
+
+    async def update_weights_from_shared(self, payloads: list[bytes], weight_version: int, flush: bool) -> None:
+        """Load a bucket of ``weight_sync.shared.share_bucket``: one payload for each tensor-parallel rank."""
+        if len(payloads) != self._tensor_parallel_size:
+            raise ValueError(f"{self._name} has {self._tensor_parallel_size} ranks and got {len(payloads)} payloads")
+        message = self._sglang.UpdateWeightsFromTensorReqInput(
+            serialized_named_tensors=payloads,
+            load_format="flattened_bucket",
+            flush_cache=flush,
+            weight_version=str(weight_version),
+        )
+        self._check(
+            "update_weights_from_shared", await self._watched(self._manager.update_weights_from_tensor(message))
+        )
+
+    async def init_broadcast(
+        self, master_address: str, master_port: int, rank_offset: int, world_size: int, backend: str, group_name: str
+    ) -> None:
+        """Join ``weight_sync.broadcast.create_group`` with ranks from ``rank_offset``, one a tensor-parallel rank."""
+        message = self._sglang.InitWeightsUpdateGroupReqInput(
+            master_address=master_address,
+            master_port=master_port,
+            rank_offset=rank_offset,
+            world_size=world_size,
+            backend=backend,
+            group_name=group_name,
+        )
+        self._check("init_broadcast", await self._watched(self._manager.init_weights_update_group(message)))
+
+    async def destroy_broadcast(self, group_name: str) -> None:
+        """Leave a group that ``init_broadcast`` joined."""
+        message = self._sglang.DestroyWeightsUpdateGroupReqInput(group_name=group_name)
+        self._check("destroy_broadcast", await self._watched(self._manager.destroy_weights_update_group(message)))
+
+    async def receive_broadcast(
+        self,
+        names: list[str],
+        dtypes: list[str],
+        shapes: list[list[int]],
+        *,
+        group_name: str,
+        weight_version: int,
+        flush: bool,
+    ) -> None:
+        """Receive and load the bucket that rank 0 sends with ``weight_sync.broadcast.broadcast_bucket``."""
+        message = self._sglang.UpdateWeightsFromDistributedReqInput(
+            names=names,
+            dtypes=dtypes,
+            shapes=shapes,
+            group_name=group_name,
+            load_format="flattened_bucket",
+            flush_cache=flush,
+            weight_version=str(weight_version),
+        )
+        self._check("receive_broadcast", await self._watched(self._manager.update_weights_from_distributed(message)))
+
+    async def update_weights_from_disk(self, path: str, weight_version: int) -> None:
+        """Load every weight of a Hugging Face directory."""
+        message = self._sglang.UpdateWeightFromDiskReqInput(model_path=path, weight_version=str(weight_version))
+        self._check("update_weights_from_disk", await self._watched(self._manager.update_weights_from_disk(message)))
+
+    async def checksums(self) -> dict[str, str]:
+        """``utils.checksum.tensor_checksum`` of every live weight, whole and under its checkpoint name.
+
+        A tied ``lm_head.weight`` is not listed.
+        """
+        message = self._sglang.CheckWeightsReqInput(action="checksum")
+        success, text, ranks, _ = await self._watched(self._manager.check_weights(message))
+        self._check("checksums", (success, text))
+        return ranks[0]["checksums"]
+
+    async def shutdown(self) -> None:
+        """Stop SGLang's processes; the actor itself is the caller's to end."""
+        self._engine.shutdown()
+
+    async def _image_data(self, media: Media) -> list[dict[str, Any]] | None:
+        if not media.images:
+            return None
+        loop = asyncio.get_running_loop()
+        pixel_values = await loop.run_in_executor(self._pixels_thread, self._processor.pixel_values, media)
+        grids = torch.as_tensor(media.grids, dtype=torch.int64)
+        return [{"format": "processor_output", "pixel_values": pixel_values, "image_grid_thw": grids}]
+
+    async def _submit(
+        self,
+        tokens: np.ndarray,
+        image_data: list[dict[str, Any]] | None,
+        parameters: dict[str, Any],
+        *,
+        logprob_start_len: int = -1,
+        rid: str | None = None,
+    ) -> list[dict[str, Any]]:
+        message = self._sglang.GenerateReqInput(
+            input_ids=tokens.tolist(),
+            image_data=image_data,
+            sampling_params=parameters,
+            return_logprob=True,
+            logprob_start_len=logprob_start_len,
+            rid=rid,
+        )
+        outputs = await self._watched(anext(self._manager.generate_request(message)))
+        outputs = outputs if isinstance(outputs, list) else [outputs]
+        for output in outputs:
+            length = output["meta_info"]["prompt_tokens"]
+            if length != len(tokens):
+                raise RuntimeError(f"{self._name} read {length} prompt tokens where the processor wrote {len(tokens)}")
+        return outputs
+
+    def _response(self, request: Request, output: dict[str, Any]) -> Response:
+        meta = output["meta_info"]
+        reason = meta["finish_reason"]["type"]
+        if reason == "abort":
+            raise RuntimeError(f"{request.name}: {self._name} aborted: {meta['finish_reason']}")
+        logprobs = meta["output_token_logprobs"]
+        tokens = np.array(output["output_ids"], np.int32)
+        if [token for _, token, _ in logprobs] != tokens.tolist():
+            raise RuntimeError(f"{request.name}: {self._name} returned log-probs of other tokens than it sampled")
+        return Response(
+            tokens=tokens,
+            logprobs=np.array([value for value, _, _ in logprobs], np.float32),
+            finish_reason=reason,
+            weight_version=min(int(span["version"]) for span in meta["weight_versions"]),
+        )
+
+    def _check(self, call: str, answer: tuple[Any, ...]) -> None:
+        success, message = answer[:2]
+        if not success:
+            raise RuntimeError(f"{self._name}: {call} failed: {message}")
+
+    async def _watched(self, call: Any) -> Any:
+        """Await ``call``, or raise ``EngineDied`` as soon as a process of the engine is gone."""
+        if self._death is None:
+            self._death = asyncio.get_running_loop().create_future()
+            self._watcher = asyncio.create_task(self._watch())
+        task = asyncio.ensure_future(call)
+        await asyncio.wait({task, self._death}, return_when=asyncio.FIRST_COMPLETED)
+        if task.done():
+            return task.result()
+        task.cancel()
+        raise EngineDied(self._death.result())
+
+    async def _watch(self) -> None:
+        while True:
+            for process in self._children:
+                if not process.is_running() or process.status() == psutil.STATUS_ZOMBIE:
+                    self._death.set_result(
+                        f"{self._name}: SGLang's process {process.pid} on {os.uname().nodename} died "
+                        f"at {time.strftime('%H:%M:%S')}"
+                    )
+                    return
+            await asyncio.sleep(_POLL_S)

@@ -1,0 +1,254 @@
+"""The pool of engines: prompts out, samples in, and engines that die are replaced.
+
+Prompts are dealt round-robin and every finished prompt is handed on at once, so that its rewards can be computed while
+others generate. The manager lives in the driver and never touches a tensor or SGLang.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import time
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import ray
+from ray.exceptions import GetTimeoutError, RayActorError, RayTaskError
+
+from megarl.config import RunConfig
+from megarl.data.processors import Processor
+from megarl.rollout.engine import Batch, EngineActor, EngineDied, Request, Response, engine_environment
+from megarl.types import EncodedPrompt, Media, Sample
+
+logger = logging.getLogger(__name__)
+
+_START_TIMEOUT_S = 1800.0  # loading a large model takes minutes
+_MAX_CALLS = 1 << 20  # of one engine at a time; SGLang queues them itself
+_POLL_S = 1.0  # longest wait before the engines' deadlines are looked at
+
+
+class EngineError(RuntimeError):
+    """An engine died and may not be restarted."""
+
+
+def sample_seed(step_seed: int, prompt: int, sample: int) -> int:
+    """The seed (63 bits) of one sample of a deterministic step."""
+    return int.from_bytes(hashlib.blake2b(f"{step_seed}/{prompt}/{sample}".encode(), digest_size=8).digest()) >> 1
+
+
+def to_sample(encoded: EncodedPrompt, group_id: int, response: Response, text: str) -> Sample:
+    """Join a prompt and one response into a sample of L tokens."""
+    silent, spoken = np.zeros(len(encoded.tokens), bool), np.ones(len(response.tokens), bool)
+    return Sample(
+        prompt=encoded.prompt,
+        group_id=group_id,
+        tokens=np.concatenate([encoded.tokens, response.tokens]).astype(np.int32),
+        loss_mask=np.concatenate([silent, spoken]),
+        rollout_logprobs=np.concatenate([silent.astype(np.float32), response.logprobs]),
+        weight_version=response.weight_version,
+        media=encoded.media,
+        response=text,
+        finish_reason=response.finish_reason,
+    )
+
+
+class RolloutManager:
+    """``rollout.num_engines`` engines of the model in ``hf_dir``.
+
+    ``sync`` is called with the handles of engines that were restarted and hold the weights of ``hf_dir`` again; it must
+    bring them to the current weights. ``actor_options`` are Ray's, one dict an engine, on top of our own.
+    """
+
+    def __init__(
+        self,
+        config: RunConfig,
+        hf_dir: str,
+        *,
+        sync: Callable[[list[Any]], None],
+        actor_options: list[dict[str, Any]] | None = None,
+    ) -> None:
+        self._config, self._hf_dir, self._sync = config, str(hf_dir), sync
+        self._actor_options = actor_options or [{}] * config.rollout.num_engines
+        self._processor = Processor(
+            hf_dir, config.model.min_pixels, config.model.max_pixels, config.data.max_image_pixels
+        )
+        self.num_restarts = 0
+        self._num_batches = 0  # names them: an engine must never see one name twice
+        self.engines: list[Any] = []  # Ray handles of EngineActor
+        self.engines = [self._launch(index) for index in range(config.rollout.num_engines)]
+        for index in range(len(self.engines)):
+            self._await_start(index)
+
+    def generate(
+        self,
+        prompts: list[EncodedPrompt],
+        *,
+        group_size: int,
+        temperature: float,
+        max_new_tokens: int,
+        step_seed: int,
+        on_samples: Callable[[list[Sample]], None] | None = None,
+        progress: Callable[[int, int], None] | None = None,
+    ) -> list[Sample]:
+        """Sample every prompt ``group_size`` times; temperature 0 is greedy.
+
+        Returns the samples in the order of the prompts, ``group_id`` the prompt's index. ``on_samples`` gets each group
+        as it is finished, ``progress`` (finished prompts, all prompts). With ``debug.deterministic`` the weights and
+        ``step_seed`` decide every bit of the result; without, ``step_seed`` is not used.
+        """
+        rollout = _Rollout(self, prompts, group_size, temperature, max_new_tokens, step_seed)
+        for index in range(len(self.engines)):
+            rollout.submit(index)
+        finished = 0
+        while not rollout.done:
+            for group in rollout.collect():
+                finished += 1
+                if on_samples is not None:
+                    on_samples(group)
+                if progress is not None:
+                    progress(finished, len(prompts))
+        return [sample for index in range(len(prompts)) for sample in rollout.groups[index]]
+
+    def score(self, tokens: np.ndarray, media: Media, engine: int = 0) -> np.ndarray:
+        """Log-probs [L - 1] of ``tokens[1:]`` by one engine: see ``EngineActor.score``."""
+        return ray.get(self.engines[engine].score.remote(tokens, media), timeout=self._config.rollout.timeout_s)
+
+    def ensure_alive(self) -> None:
+        """Restart and sync every engine that does not answer; call it before talking to the engines directly."""
+        pings = [engine.ping.remote() for engine in self.engines]
+        for index, ping in enumerate(pings):
+            try:
+                ray.get(ping, timeout=self._config.rollout.timeout_s)
+            except (RayActorError, RayTaskError, GetTimeoutError) as error:
+                self.restart(index, death_cause(error))
+
+    def restart(self, index: int, cause: str) -> None:
+        """Replace engine ``index`` and sync the new one; raises ``EngineError`` when ``max_restarts`` are spent."""
+        max_restarts = self._config.rollout.max_restarts
+        ray.kill(self.engines[index])
+        if self.num_restarts >= max_restarts:
+            raise EngineError(f"engine {index} is lost: {cause}; rollout.max_restarts={max_restarts} are spent")
+        self.num_restarts += 1
+        logger.warning("engine %d is lost: %s; restart %d of %d", index, cause, self.num_restarts, max_restarts)
+        self.engines[index] = self._launch(index)
+        self._await_start(index)
+        self._sync([self.engines[index]])
+
+    def shutdown(self) -> None:
+        """Stop all engines and their processes."""
+        stops = [engine.shutdown.remote() for engine in self.engines]
+        ray.wait(stops, num_returns=len(stops), timeout=30)
+        for engine in self.engines:
+            ray.kill(engine)
+        self.engines = []
+
+    def _launch(self, index: int) -> Any:
+        options: dict[str, Any] = {
+            "num_cpus": 0,  # engines are placed by their GPUs, or share a CPU machine with the trainer
+            "max_concurrency": _MAX_CALLS,
+            "runtime_env": {"env_vars": engine_environment(self._config.rollout.tensor_parallel_size)},
+        }
+        if "GPU" in ray.cluster_resources():
+            options["num_gpus"] = self._config.rollout.tensor_parallel_size
+        actor = ray.remote(EngineActor).options(**(options | self._actor_options[index]))
+        return actor.remote(self._config, self._hf_dir, index)
+
+    def _await_start(self, index: int) -> None:
+        try:
+            ray.get(self.engines[index].ping.remote(), timeout=_START_TIMEOUT_S)
+        except (RayActorError, RayTaskError, GetTimeoutError) as error:
+            raise EngineError(f"engine {index} did not start: {error}") from error
+
+
+class _Rollout:
+    """The state of one ``generate``: which prompt waits for which engine."""
+
+    def __init__(
+        self,
+        manager: RolloutManager,
+        prompts: list[EncodedPrompt],
+        group_size: int,
+        temperature: float,
+        max_new_tokens: int,
+        step_seed: int,
+    ) -> None:
+        self._manager, self._prompts, self._group_size = manager, prompts, group_size
+        self._temperature, self._max_new_tokens, self._step_seed = temperature, max_new_tokens, step_seed
+        self._deterministic = manager._config.debug.deterministic
+        self._timeout_s = manager._config.rollout.timeout_s
+        num_engines = len(manager.engines)
+        self._shares = [list(range(engine, len(prompts), num_engines)) for engine in range(num_engines)]
+        self._heard = [time.monotonic()] * num_engines  # when each engine last answered
+        self.calls: dict[ray.ObjectRef, tuple[int, int]] = {}  # -> (engine, prompt)
+        self.groups: dict[int, list[Sample]] = {}  # finished, by prompt
+        self._dead: dict[int, str] = {}  # engines to replace -> why
+
+    def submit(self, engine: int) -> None:
+        """Send an engine its unfinished prompts; a deterministic one gets its whole share: batches decide bits."""
+        share = [i for i in self._shares[engine] if self._deterministic or i not in self.groups]
+        self._manager._num_batches += 1
+        batch = str(self._manager._num_batches)
+        for place, index in enumerate(share):
+            encoded = self._prompts[index]
+            request = Request(
+                name=encoded.prompt.id,
+                tokens=encoded.tokens,
+                media=encoded.media,
+                num_samples=self._group_size,
+                temperature=self._temperature,
+                max_new_tokens=self._max_new_tokens,
+            )
+            if self._deterministic:
+                request.seeds = [sample_seed(self._step_seed, index, k) for k in range(self._group_size)]
+                request.batch = Batch(batch, place * self._group_size, len(share) * self._group_size)
+            self.calls[self._manager.engines[engine].generate.remote(request)] = (engine, index)
+        self._heard[engine] = time.monotonic()
+
+    def collect(self) -> list[list[Sample]]:
+        """Wait a moment and return the groups that were finished; replaces engines that the last call found dead."""
+        for engine, cause in self._dead.items():
+            self.calls = {call: place for call, place in self.calls.items() if place[0] != engine}
+            self._manager.restart(engine, cause)
+            self.submit(engine)
+        self._dead = {}
+        if not self.calls:
+            return []
+        ready, _ = ray.wait(list(self.calls), num_returns=1, timeout=_POLL_S)
+        if ready:
+            ready, _ = ray.wait(list(self.calls), num_returns=len(self.calls), timeout=0)
+        finished = []
+        for call in ready:
+            engine, index = self.calls.pop(call)
+            try:
+                responses = ray.get(call)
+            except (RayActorError, RayTaskError) as error:
+                self._dead[engine] = death_cause(error)
+                continue
+            self._heard[engine] = time.monotonic()
+            if index not in self.groups:
+                self.groups[index] = self._samples(index, responses)
+                finished.append(self.groups[index])
+        for engine in {engine for engine, _ in self.calls.values()} - set(self._dead):
+            if time.monotonic() - self._heard[engine] > self._timeout_s:
+                self._dead[engine] = f"no answer for rollout.timeout_s={self._timeout_s:g} s"
+        return finished
+
+    @property
+    def done(self) -> bool:
+        return not self.calls and not self._dead
+
+    def _samples(self, index: int, responses: list[Response]) -> list[Sample]:
+        decode = self._manager._processor.decode
+        return [to_sample(self._prompts[index], index, response, decode(response.tokens)) for response in responses]
+
+
+def death_cause(error: Exception) -> str:
+    """Why an engine is dead, in one line; an ``error`` that does not mean an engine's death is raised again."""
+    if isinstance(error, RayActorError):
+        return " ".join(str(error).split())
+    if isinstance(error, GetTimeoutError):
+        return "no answer in time"
+    if isinstance(error, RayTaskError) and isinstance(error.cause, EngineDied):
+        return str(error.cause)
+    raise error

@@ -1,0 +1,114 @@
+"""SGLang's engine and what megarl adds inside its processes; the only module that starts SGLang.
+
+SGLang spawns its scheduler and detokenizer with functions that an ``Engine`` subclass may replace. They are pickled by
+reference, so a child imports this module first, which installs the CPU shims and lets us put two classes in the
+scheduler's place: one that reports checksums under checkpoint names, one that makes batches reproducible.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from megarl.rollout import cpu_shims
+
+cpu_shims.install()
+
+from sglang.srt.entrypoints.engine import Engine  # noqa: E402
+from sglang.srt.managers import detokenizer_manager, scheduler  # noqa: E402
+from sglang.srt.managers.io_struct import (  # noqa: E402, F401 - what an engine's owner says to it
+    CheckWeightsReqInput,
+    DestroyWeightsUpdateGroupReqInput,
+    GenerateReqInput,
+    InitWeightsUpdateGroupReqInput,
+    UpdateWeightFromDiskReqInput,
+    UpdateWeightsFromDistributedReqInput,
+    UpdateWeightsFromTensorReqInput,
+)
+from sglang.srt.model_executor import model_runner  # noqa: E402
+from sglang.srt.runtime_context import get_context  # noqa: E402
+from sglang.srt.utils.weight_checker import ChecksumInfo, WeightChecker  # noqa: E402
+
+from megarl.rollout.live_weights import hf_tensors  # noqa: E402
+from megarl.utils.checksum import tensor_checksum  # noqa: E402
+
+
+class CheckpointWeightChecker(WeightChecker):
+    """Answers ``check_weights(action="checksum")`` with megarl's checksums under checkpoint names."""
+
+    def _compute_checksum(self) -> dict[str, Any]:
+        checksums = {name: tensor_checksum(tensor) for name, tensor in hf_tensors(self._get_model())}
+        return ChecksumInfo(
+            checksums=checksums, per_gpu_checksum="", parallelism_info=self._parallelism_info()
+        ).model_dump()
+
+
+def batch_rid(batch: str, index: int, total: int) -> str:
+    """The id of request ``index`` of the ``total`` that a deterministic engine must hold before it runs any."""
+    return f"megarl/{batch}/{total}/{index:08d}"
+
+
+class DeterministicScheduler(scheduler.Scheduler):
+    """A scheduler whose batches depend on the requests alone, not on when they arrive.
+
+    Matrix products differ in their last bits with the number of rows, so equal bits need equal batches: requests named
+    by ``batch_rid`` wait until all of their batch are there and then start in order of their index.
+    """
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self._started_batch = ""
+        if torch.version.cuda is None:
+            # SGLang's switch refuses the torch_native attention backend, the only one on CPU. Set after construction
+            # it does one thing: SamplingParams.sampling_seed is honoured.
+            get_context().override("megarl.deterministic", enable_deterministic_inference=True)
+
+    def ingest_requests(self) -> list[Any]:
+        received = super().ingest_requests()
+        held = [
+            r
+            for r in self.waiting_queue
+            if r.rid.startswith("megarl/") and self._batch(r.rid)[0] != self._started_batch
+        ]
+        if held:
+            batch, total = self._batch(held[0].rid)
+            self._engine_paused = len(held) < total
+            if not self._engine_paused:
+                self.waiting_queue.sort(key=lambda request: request.rid)
+                self.new_token_ratio_tracker.reset()
+                self._started_batch = batch
+        return received
+
+    @staticmethod
+    def _batch(rid: str) -> tuple[str, int]:
+        _, batch, total, _ = rid.split("/")
+        return batch, int(total)
+
+
+def run_scheduler_process(*args: Any, **kwargs: Any) -> None:
+    """SGLang's scheduler process with checksums under checkpoint names."""
+    model_runner.WeightChecker = CheckpointWeightChecker
+    scheduler.run_scheduler_process(*args, **kwargs)
+
+
+def run_deterministic_scheduler_process(*args: Any, **kwargs: Any) -> None:
+    """The same with reproducible batches."""
+    scheduler.Scheduler = DeterministicScheduler
+    run_scheduler_process(*args, **kwargs)
+
+
+def run_detokenizer_process(*args: Any, **kwargs: Any) -> None:
+    """SGLang's detokenizer process, behind the CPU shims."""
+    detokenizer_manager.run_detokenizer_process(*args, **kwargs)
+
+
+class RolloutEngine(Engine):
+    """SGLang's engine with megarl's processes."""
+
+    run_scheduler_process_func = staticmethod(run_scheduler_process)
+    run_detokenizer_process_func = staticmethod(run_detokenizer_process)
+
+
+class DeterministicEngine(RolloutEngine):
+    run_scheduler_process_func = staticmethod(run_deterministic_scheduler_process)

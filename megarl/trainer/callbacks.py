@@ -1,0 +1,90 @@
+"""What happens around a step without being part of it: evaluation, rollouts on disk, checkpoints, the report."""
+
+from __future__ import annotations
+
+from typing import Any, Protocol
+
+from megarl.config import RunConfig
+from megarl.observability.report import write_report
+from megarl.observability.rollouts import RolloutWriter
+from megarl.trainer.run import Run
+from megarl.types import Sample
+from megarl.workers.group import WorkerGroup
+
+
+class Trainer(Protocol):
+    """What a callback may ask of a trainer."""
+
+    config: RunConfig
+    run: Run
+    workers: WorkerGroup
+    step: int
+
+    def state_dict(self) -> dict[str, Any]: ...
+
+    def evaluate(self) -> dict[str, float]: ...
+
+
+class Callback:
+    """Does nothing; override what you need. ``on_step`` may add to ``metrics``, which are logged afterwards."""
+
+    def __init__(self, trainer: Trainer) -> None:
+        self.trainer, self.run, self.config = trainer, trainer.run, trainer.config
+
+    def on_start(self) -> None: ...
+
+    def on_step(self, step: int, samples: list[Sample], metrics: dict[str, float]) -> None: ...
+
+    def on_end(self) -> None: ...
+
+
+class Evaluate(Callback):
+    """Held-out accuracy before the first step, every ``trainer.eval_every`` and after the last."""
+
+    def on_start(self) -> None:
+        if self.trainer.step == 0 and self.config.trainer.eval_prompts:
+            self.run.log(0, self.evaluate())
+
+    def on_step(self, step: int, samples: list[Sample], metrics: dict[str, float]) -> None:
+        if self.config.trainer.eval_prompts and self.run.is_due(step, self.config.trainer.eval_every):
+            metrics |= self.evaluate()
+
+    def evaluate(self) -> dict[str, float]:
+        with self.run.timer("testing"):
+            return self.trainer.evaluate()
+
+
+class SaveRollouts(Callback):
+    """Some groups of the step with their images, for the report and for people."""
+
+    def __init__(self, trainer: Trainer) -> None:
+        super().__init__(trainer)
+        self.writer = RolloutWriter(self.run.directory)
+
+    def on_step(self, step: int, samples: list[Sample], metrics: dict[str, float]) -> None:
+        every = self.config.observability.save_rollouts_every
+        if every and self.run.is_due(step, every):
+            groups = list(dict.fromkeys(sample.group_id for sample in samples))
+            shown = set(groups[: self.config.observability.rollout_groups_saved])
+            self.writer.write(step, [sample for sample in samples if sample.group_id in shown])
+
+
+class Save(Callback):
+    """A checkpoint every ``checkpoint.save_every`` steps, after the last, and when the run is told to stop."""
+
+    def on_step(self, step: int, samples: list[Sample], metrics: dict[str, float]) -> None:
+        if self.run.is_due(step, self.config.checkpoint.save_every):
+            self.run.save(self.trainer.workers, step, self.trainer.state_dict())
+
+    def on_end(self) -> None:
+        if self.trainer.step:
+            self.run.save(self.trainer.workers, self.trainer.step, self.trainer.state_dict(), wait=True)
+        if self.config.checkpoint.export_hf:
+            self.trainer.workers.call("write_hf", str(self.run.directory / "hf"))
+
+
+class Report(Callback):
+    """The page that shows what the run did."""
+
+    def on_end(self) -> None:
+        self.run.console.message(f"report: {write_report(self.run.directory)}")

@@ -1,0 +1,37 @@
+"""What a step's samples say about it, under verl's names."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Sequence
+
+import numpy as np
+
+from megarl.types import Sample
+
+
+def sample_metrics(samples: Sequence[Sample]) -> dict[str, float]:
+    """Statistics of rewards, advantages and lengths; the parts of rewards by task."""
+    metrics: dict[str, float] = {}
+
+    def spread(name: str, values: Sequence[float]) -> None:
+        if len(values):
+            metrics.update(
+                {f"{name}/mean": np.mean(values), f"{name}/max": np.max(values), f"{name}/min": np.min(values)}
+            )
+
+    spread("critic/score", [s.reward for s in samples])
+    spread("critic/advantages", np.concatenate([s.advantages[s.loss_mask] for s in samples]))
+    spread("response_length", [s.response_length for s in samples])
+    spread("prompt_length", [len(s.tokens) - s.response_length for s in samples])
+    metrics["response_length/clip_ratio"] = np.mean([s.finish_reason == "length" for s in samples])
+    parts: dict[str, list[float]] = defaultdict(list)
+    groups: dict[int, list[float]] = defaultdict(list)
+    for s in samples:
+        groups[s.group_id].append(s.reward)
+        for name, value in s.rewards.items():
+            parts[f"reward/{s.prompt.task}/{name}"].append(value)
+    metrics.update({name: np.mean(values) for name, values in parts.items()})
+    metrics["critic/zero_std_ratio"] = np.mean([np.ptp(rewards) == 0 for rewards in groups.values()])
+    metrics["perf/total_num_tokens"] = sum(len(s.tokens) for s in samples)
+    return {name: float(value) for name, value in metrics.items()}

@@ -1,0 +1,144 @@
+"""Reinforcement learning: generate, reward, weigh, pack, score, train, sync. ``RLTrainer.fit`` is the whole story."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from megarl.algorithms.advantages import compute_advantages
+from megarl.algorithms.weights import compute_loss_weights
+from megarl.config import RunConfig
+from megarl.data.packing import Packing, pack_bins
+from megarl.data.processors import Processor
+from megarl.eval.generate import SEED_STRIDE, generate_rewarded
+from megarl.eval.loop import Evaluation
+from megarl.rewards.runner import RewardRunner
+from megarl.rollout.manager import RolloutManager
+from megarl.tasks.task import build_tasks, reward_functions
+from megarl.trainer.callbacks import Callback, Evaluate, Report, Save, SaveRollouts
+from megarl.trainer.metrics import sample_metrics
+from megarl.trainer.run import Run, prompt_source
+from megarl.trainer.sync import WeightSync
+from megarl.types import EncodedPrompt, PackedBatch, Sample
+from megarl.workers.group import WorkerGroup
+
+
+class RLTrainer:
+    """The driver of a run: it holds handles, positions and numbers; tensors stay on the ranks and in the engines."""
+
+    def __init__(self, config: RunConfig, run: Run) -> None:
+        self.config, self.run = config, run
+        self.workers = WorkerGroup(config)
+        saved = run.build_workers(self.workers)
+        self.step: int = saved["step"]
+        hf_dir = run.model_directory
+        self.processor = Processor.from_config(hf_dir, config)
+        self.packing = Packing.of(config, self.processor)
+        self.tasks = build_tasks(config)
+        self.source = prompt_source(config, self.tasks, self.processor)
+        if "source" in saved:
+            self.source.load_state_dict(saved["source"])
+        self.state: dict[str, Any] = {"source": self.source.state_dict()}
+        self.rewards = RewardRunner(reward_functions(config), config.rewards)
+        self.rollout = RolloutManager(config, hf_dir, sync=lambda engines: self.sync.resend(engines))
+        self.sync = WeightSync(
+            config,
+            self.workers,
+            packing=self.packing,
+            canary=self.canary(),
+            banned_token_ids=self.processor.banned_token_ids,
+        )
+        self.evaluation = Evaluation(config, self.tasks, self.processor, self.rollout, self.rewards)
+        self.callbacks: list[Callback] = [Evaluate(self), SaveRollouts(self), Save(self), Report(self)]
+        self.dropped = 0
+
+    def fit(self) -> int:
+        """Train to ``trainer.num_steps`` or until told to stop; the exit status."""
+        self.sync.push(self.rollout.engines, self.step, must_change=False)
+        for callback in self.callbacks:
+            callback.on_start()
+        for step in range(self.step + 1, self.config.trainer.num_steps + 1):
+            with self.run.timer("step"):
+                prompts = self.source.next(self.config.data.prompts_per_step)
+                samples = self.generate(prompts, step)
+                metrics = self.weigh(samples)
+                self.workers.load(self.pack(samples))
+                self.workers.score()
+                metrics |= self.workers.train()
+                with self.run.timer("update_weights"):
+                    changed = metrics["actor/grad_norm"] * metrics["actor/lr"] > 0
+                    metrics |= self.sync.push(self.rollout.engines, step, must_change=changed)
+            self.step, self.state = step, {"source": self.source.state_dict()}
+            for callback in self.callbacks:
+                callback.on_step(step, samples, metrics)
+            self.run.log(step, metrics)
+            if self.run.stopping:
+                break
+        for callback in self.callbacks:
+            callback.on_end()
+        return self.run.exit_status()
+
+    def generate(self, prompts: list[EncodedPrompt], step: int) -> list[Sample]:
+        """``rollout.group_size`` rewarded samples of each prompt."""
+        c = self.config.rollout
+        with self.run.timer("gen"):
+            samples, dropped = generate_rewarded(
+                self.rollout,
+                self.rewards,
+                prompts,
+                group_size=c.group_size,
+                temperature=c.temperature,
+                max_new_tokens=c.max_new_tokens,
+                step_seed=self.config.seed * SEED_STRIDE + step,
+            )
+        self.dropped += dropped
+        return samples
+
+    def canary(self) -> EncodedPrompt:
+        """A held-out prompt, with an image if one of the first has any."""
+        candidates = [
+            self.processor.encode(task.prompt("eval", index))
+            for task in self.tasks.values()
+            for index in range(min(4, task.num_prompts("eval") or 4))
+        ]
+        return next((prompt for prompt in candidates if prompt.media.images), candidates[0])
+
+    def weigh(self, samples: list[Sample]) -> dict[str, float]:
+        """Give every action its advantage; what the samples say for the log."""
+        for sample, advantages in zip(samples, compute_advantages(samples, self.config.algorithm), strict=True):
+            sample.advantages = advantages
+        dropped = {"data/overlong_dropped": sum(self.source.dropped.values()), "reward/dropped": self.dropped}
+        return sample_metrics(samples) | dropped
+
+    def pack(self, samples: list[Sample]) -> list[list[list[PackedBatch]]]:
+        """``[optimizer step][data-parallel rank][microbatch]``: groups are dealt to optimizer steps, then weighed."""
+        groups = np.array([sample.group_id for sample in samples])
+        parts = np.array_split(np.unique(groups), self.config.algorithm.num_minibatches)
+        minibatches = []
+        for part in parts:
+            minibatch = [sample for sample, group in zip(samples, groups, strict=True) if group in part]
+            for sample, weights in zip(minibatch, compute_loss_weights(minibatch, self.config.algorithm), strict=True):
+                sample.loss_weights = weights
+            minibatches.append(pack_bins(minibatch, self.packing, self.workers.data_parallel_size))
+        return minibatches
+
+    def evaluate(self) -> dict[str, float]:
+        """Metrics on held-out prompts."""
+        return self.evaluation.run(self.step)
+
+    def state_dict(self) -> dict[str, Any]:
+        """What a resumed run needs beyond the weights, as of the last finished step."""
+        return self.state
+
+    def rescue(self) -> None:
+        """Checkpoint the last finished step after something other than the ranks has failed."""
+        if self.step > 0:
+            self.run.save(self.workers, self.step, self.state, wait=True)
+            self.run.console.message(f"step {self.step} is saved in {self.run.checkpoints}")
+
+    def close(self) -> None:
+        """End the engines, the reward processes and the ranks."""
+        self.rollout.shutdown()
+        self.rewards.close()
+        self.workers.shutdown()

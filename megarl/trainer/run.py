@@ -1,0 +1,144 @@
+"""A run directory and the process that fills it: what supervised and reinforcement training share.
+
+<run_dir>/config.yaml metrics.jsonl checkpoints/ rollouts/ report.html reward.png hf/
+"""
+
+from __future__ import annotations
+
+import signal
+import sys
+import time
+from collections import defaultdict
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import psutil
+
+from megarl.checkpoint import megatron as checkpoints
+from megarl.config import RunConfig, to_yaml
+from megarl.data.processors import Processor
+from megarl.data.source import PromptSource
+from megarl.observability.console import Console
+from megarl.observability.tracker import Tracker
+from megarl.registry import load_object
+from megarl.tasks.task import Task
+from megarl.workers.group import WorkerGroup
+
+
+def model_directory(config: RunConfig) -> str:
+    """``model.path``, written by ``model.factory`` first when it does not exist yet."""
+    if not config.model.path:
+        raise ValueError("model.path is empty: name a Hugging Face directory")
+    if not Path(config.model.path).exists():
+        if not config.model.factory:
+            raise FileNotFoundError(f"model.path={config.model.path}: no such directory")
+        load_object(config.model.factory)(config.model.path, config.seed)
+    return config.model.path
+
+
+def prompt_source(config: RunConfig, tasks: dict[str, Task], processor: Processor) -> PromptSource:
+    """The training prompts of ``tasks``, mixed by weight."""
+    weighted = {name: (task, config.tasks[name].weight) for name, task in tasks.items()}
+    return PromptSource(weighted, processor, config.data, seed=config.seed)
+
+
+class Run:
+    """The run's directory, log, checkpoints and stop button. A context manager: leaving it finishes what is pending."""
+
+    def __init__(self, config: RunConfig) -> None:
+        self.config = config
+        self.directory = Path(config.trainer.run_dir)
+        self.checkpoints = self.directory / "checkpoints"
+        self.resume_from = self._checkpoint_to_resume()
+        self.directory.mkdir(parents=True, exist_ok=True)
+        (self.directory / "config.yaml").write_text(to_yaml(config))
+        self.stopping = False
+        self.seconds: dict[str, float] = defaultdict(float)
+        self.last_saved = -1
+
+    def __enter__(self) -> Run:
+        self.tracker = Tracker(self.directory, self.config)
+        self.console = Console(self.config.trainer.num_steps, enabled=self.config.observability.console)
+        self._handlers = {s: signal.signal(s, self._stop) for s in (signal.SIGINT, signal.SIGTERM)}
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        for number, handler in self._handlers.items():
+            signal.signal(number, handler)
+        self.console.close()
+        self.tracker.close()
+
+    def _stop(self, number: int, frame: FrameType | None) -> None:
+        if self.stopping:
+            raise KeyboardInterrupt
+        self.stopping = True
+        self.console.message("stopping after this step, with a checkpoint; once more to stop at once")
+
+    def _checkpoint_to_resume(self) -> Path | None:
+        resume = self.config.trainer.resume
+        newest = checkpoints.latest(self.checkpoints)
+        if resume == "auto":
+            return newest
+        if resume == "never":
+            if newest is not None:
+                raise FileExistsError(
+                    f"{self.directory} holds a run with the checkpoint {newest.name}: continue it with "
+                    f"trainer.resume=auto or choose another trainer.run_dir"
+                )
+            return None
+        if not Path(resume).is_dir():
+            raise FileNotFoundError(f"trainer.resume={resume}: no such checkpoint (auto, never or a directory)")
+        return Path(resume)
+
+    def build_workers(self, workers: WorkerGroup) -> dict[str, Any]:
+        """Build the policy on ``workers``, fresh or from the checkpoint to resume; what was saved beside it."""
+        resume = self.resume_from
+        source = str(resume / "hf") if resume else model_directory(self.config)
+        self.model_directory = source
+        workers.call("build", source, trainable=True, weights=resume is None)
+        if resume is None:
+            self.tracker.truncate(0)
+            return {"step": 0}
+        extra = workers.call("load_checkpoint", str(resume))[0]
+        self.last_saved = extra["step"]
+        self.tracker.truncate(extra["step"])
+        self.console.message(f"resumed from {resume} after step {extra['step']}")
+        return extra
+
+    def save(self, workers: WorkerGroup, step: int, extra: dict[str, Any], *, wait: bool = False) -> None:
+        """Checkpoint ``step`` unless that is done; earlier saves are completed and old checkpoints removed."""
+        if step != self.last_saved:
+            with self.timer("save_checkpoint"):
+                workers.call("save_checkpoint", str(self.checkpoints), step, {**extra, "step": step})
+            self.last_saved = step
+        if wait:
+            workers.call("finish_saving")
+
+    def is_due(self, step: int, every: int) -> bool:
+        """Whether what happens ``every`` steps, after the last and when stopping, happens after ``step``."""
+        return self.stopping or step == self.config.trainer.num_steps or bool(every and step % every == 0)
+
+    @contextmanager
+    def timer(self, phase: str) -> Iterator[None]:
+        """Add the seconds that the block takes to ``timing_s/<phase>``."""
+        start = time.perf_counter()
+        yield
+        self.seconds[f"timing_s/{phase}"] += time.perf_counter() - start
+
+    def log(self, step: int, metrics: dict[str, float]) -> None:
+        """Write ``metrics`` and the time since the last call, and show them."""
+        metrics = metrics | self.seconds
+        metrics["training/global_step"] = step
+        metrics["perf/cpu_memory_used_gb"] = psutil.virtual_memory().used / 1e9
+        self.seconds.clear()
+        self.tracker.log(step, metrics)
+        self.console.update(step, metrics)
+
+    def exit_status(self) -> int:
+        """0 when the run is complete, 130 when it was told to stop."""
+        if self.stopping:
+            print(f"stopped; `trainer.resume=auto trainer.run_dir={self.directory}` continues", file=sys.stderr)
+        return 130 if self.stopping else 0

@@ -1,0 +1,115 @@
+"""The data that flows through a step of training, in the order in which it is made.
+
+Shapes: L tokens of one sample, T tokens of one packed microbatch, S sequences in it, N actions (trained or not),
+I images, P patches. A stream has one entry for each thing it describes; nothing here knows a model or an algorithm.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import numpy as np
+
+FinishReason = Literal["stop", "length", "abort"]
+Message = dict[str, Any]  # {"role": str, "content": str | [{"type": "text", "text": str} | {"type": "image"}]}
+
+
+@dataclass
+class Media:
+    """The images of one or more sequences, in the order of their placeholders, encoded as they were read."""
+
+    images: list[bytes] = field(default_factory=list)  # I encoded images (PNG, JPEG, ...)
+    grids: np.ndarray = field(default_factory=lambda: np.zeros((0, 3), np.int64))  # [I, 3] (time, height, width) in patches
+
+    def __post_init__(self) -> None:
+        if len(self.images) != len(self.grids):
+            raise ValueError(f"{len(self.images)} images have {len(self.grids)} grids")
+
+    @property
+    def num_patches(self) -> int:
+        return int(self.grids.prod(axis=1).sum())
+
+
+@dataclass
+class Prompt:
+    """One question of a task, before anything has been generated."""
+
+    id: str  # unique and stable: "<task>/<split>/<index>"
+    task: str  # key in RunConfig.tasks
+    messages: list[Message]  # chat form; every {"type": "image"} takes the next of ``images``
+    images: list[bytes] = field(default_factory=list)  # encoded
+    answer: Any = None  # whatever the task's reward compares with (verl: ground_truth)
+    target: str | None = None  # an expert's response, for supervised training
+    metadata: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass
+class EncodedPrompt:
+    """A prompt as the processor wrote it: what the engine reads and the trainer reads, token for token."""
+
+    prompt: Prompt
+    tokens: np.ndarray  # [L] int32, image placeholders expanded to one token a merged patch
+    media: Media
+
+
+@dataclass(kw_only=True)
+class Trajectory:
+    """One attempt at a prompt: a list of actions and what they earned.
+
+    Streams have one entry an action; entries where ``loss_mask`` is False (the prompt, the words of a tool) are not
+    trained.
+    """
+
+    prompt: Prompt
+    group_id: int  # trajectories of one prompt share it
+    loss_mask: np.ndarray  # [N] bool, True where the policy chose
+    rollout_logprobs: np.ndarray  # [N] float32 as sampled, 0 where loss_mask is False
+    weight_version: int = 0  # oldest weights that took part
+    rewards: dict[str, float] = field(default_factory=dict)  # by name, before weighting
+    reward: float = 0.0
+    advantages: np.ndarray | None = None  # [N] float32, set by algorithms.advantages
+    loss_weights: np.ndarray | None = None  # [N] float32, set by algorithms.weights; mean one over the step's actions
+
+
+@dataclass(kw_only=True)
+class Sample(Trajectory):
+    """A trajectory of tokens, prompt included: N = L."""
+
+    tokens: np.ndarray  # [L] int32
+    media: Media
+    response: str = ""  # the policy's words, decoded
+    finish_reason: FinishReason = "stop"
+
+    def __post_init__(self) -> None:
+        lengths = {len(self.tokens), len(self.loss_mask), len(self.rollout_logprobs)}
+        if len(lengths) != 1:
+            raise ValueError(f"{self.prompt.id}: per-token streams differ in length: {sorted(lengths)}")
+
+    @property
+    def response_length(self) -> int:
+        return int(self.loss_mask.sum())
+
+
+@dataclass
+class PackedBatch:
+    """One microbatch of a data-parallel rank: sequences laid end to end, labels already shifted.
+
+    Position t holds the token that is read, ``labels[t]`` the token that is predicted from it, and every other stream
+    speaks of that prediction. Arrays are numpy on the way to a rank; ``old_logprobs`` and ``ref_logprobs`` are made
+    there and never travel.
+    """
+
+    tokens: np.ndarray  # [T] int64
+    labels: np.ndarray  # [T] int64
+    position_ids: np.ndarray  # [3, T] int64 (multimodal rotary embedding) or [1, T]
+    cu_seqlens: np.ndarray  # [S + 1] int32, of the padded sequences
+    sequence_ids: np.ndarray  # [T] int64, index into the S sequences
+    loss_weights: np.ndarray  # [T] float32, 0 on prompts, tools and padding
+    advantages: np.ndarray  # [T] float32
+    rollout_logprobs: np.ndarray  # [T] float32
+    media: Media  # of the S sequences, concatenated
+
+    @property
+    def num_actions(self) -> int:
+        return int((self.loss_weights != 0).sum())

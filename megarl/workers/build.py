@@ -1,0 +1,94 @@
+"""From a configuration to a sharded model, its optimizer and its learning-rate schedule, on one rank."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+
+from megarl.checkpoint.huggingface import load_hf, read_config
+from megarl.config import RunConfig
+from megarl.models.family import family_of
+from megarl.models.mapping import Mapping
+from megarl.parallel import mcore_cpu
+
+mcore_cpu.install()
+
+from megatron.core import parallel_state  # noqa: E402
+from megatron.core.distributed import (  # noqa: E402
+    DistributedDataParallel,
+    DistributedDataParallelConfig,
+    finalize_model_grads,
+)
+from megatron.core.optimizer import MegatronOptimizer, OptimizerConfig, get_megatron_optimizer  # noqa: E402
+from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler  # noqa: E402
+from megatron.core.transformer.module import MegatronModule  # noqa: E402
+
+
+def build_model(config: RunConfig, hf_dir: str | Path, *, weights: bool = True) -> tuple[MegatronModule, list[Mapping]]:
+    """This rank's part of the model that ``hf_dir`` describes, and its mapping table; every rank of the world calls it.
+
+    ``weights=False`` leaves the random initial values, for a checkpoint that is loaded over them.
+    """
+    hf_config = read_config(hf_dir)
+    family = family_of(hf_config)
+    model = family.build(
+        hf_config,
+        config.model,
+        config.parallel,
+        pre_process=parallel_state.is_pipeline_first_stage(),
+        post_process=parallel_state.is_pipeline_last_stage(),
+    )
+    if torch.cuda.is_available():
+        model = model.cuda()
+    mappings = family.mappings(hf_config)
+    if weights:
+        load_hf(model, mappings, hf_dir)
+    return model, mappings
+
+
+def build_trainable(
+    config: RunConfig, model: MegatronModule
+) -> tuple[DistributedDataParallel, MegatronOptimizer, OptimizerParamScheduler]:
+    """Wrap ``model`` for data parallelism and give it an optimizer; frozen parts stay out of both."""
+    model.freeze(config.model.freeze)
+    bf16 = config.model.dtype == "bfloat16"
+    distributed = config.parallel.use_distributed_optimizer
+    ddp = DistributedDataParallel(
+        model.config,
+        DistributedDataParallelConfig(use_distributed_optimizer=distributed, grad_reduce_in_fp32=True),
+        model,
+    )
+    model.config.finalize_model_grads_func = finalize_model_grads
+    c = config.optimizer
+    optimizer = get_megatron_optimizer(
+        OptimizerConfig(
+            optimizer="adam",
+            lr=c.lr,
+            min_lr=c.min_lr,
+            adam_beta1=c.betas[0],
+            adam_beta2=c.betas[1],
+            adam_eps=c.eps,
+            weight_decay=c.weight_decay,
+            clip_grad=c.clip_grad,
+            bf16=bf16,
+            params_dtype=torch.bfloat16 if bf16 else torch.float32,
+            use_distributed_optimizer=distributed,
+        ),
+        [ddp],
+    )
+    updates = config.trainer.num_steps * config.algorithm.num_minibatches * config.algorithm.num_epochs
+    scheduler = OptimizerParamScheduler(
+        optimizer,
+        init_lr=0.0,
+        max_lr=c.lr,
+        min_lr=c.lr if c.lr_decay_style == "constant" else c.min_lr,
+        lr_warmup_steps=c.lr_warmup_steps,
+        lr_decay_steps=max(updates, c.lr_warmup_steps + 1),
+        lr_decay_style=c.lr_decay_style,
+        start_wd=c.weight_decay,
+        end_wd=c.weight_decay,
+        wd_incr_steps=0,
+        wd_incr_style="constant",
+    )
+    return ddp, optimizer, scheduler

@@ -1,0 +1,342 @@
+"""One rank of the trainer: a shard of the policy (and of the reference), scored, trained, saved and exported.
+
+A worker executes streams; it knows no prompt, no reward and no algorithm beyond the names in its configuration.
+Every public method is called on every rank with the arguments of the rank's data-parallel group.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import defaultdict
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from datetime import timedelta
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import psutil
+import torch
+import torch.distributed as dist
+from ray.actor import ActorHandle
+from torch import Tensor
+
+from megarl.algorithms.penalties import penalties
+from megarl.algorithms.policy_losses import Actions, policy_loss
+from megarl.checkpoint import megatron as checkpoints
+from megarl.checkpoint.export import export_tensors, export_to_rank_zero
+from megarl.checkpoint.huggingface import write_hf
+from megarl.config import RunConfig
+from megarl.data.processors import Processor
+from megarl.kernels.logprob import linear_logprob
+from megarl.parallel import groups, mcore_cpu
+from megarl.types import PackedBatch
+from megarl.utils.checksum import tensor_checksum
+from megarl.workers.build import build_model, build_trainable
+from megarl.workers.microbatch import MicroBatch, to_device
+from megarl.workers.sender import WeightSender
+
+mcore_cpu.install()
+
+from megatron.core import parallel_state  # noqa: E402
+from megatron.core.pipeline_parallel import get_forward_backward_func  # noqa: E402
+from megatron.core.transformer.module import MegatronModule  # noqa: E402
+
+Outputs = tuple[Tensor, Tensor, Any]  # loss, number of actions, what is returned for the microbatch
+After = Callable[[MegatronModule, MicroBatch, Tensor], Outputs]
+COLLECTIVE_TIMEOUT = timedelta(minutes=10)
+
+
+@dataclass
+class Totals:
+    """What a rank has to say about the actions it trained: sums are over actions, weighted by ``loss_weights``."""
+
+    count: int = 0
+    sums: dict[str, float] = field(default_factory=dict)
+    maxima: dict[str, float] = field(default_factory=dict)
+    values: dict[str, float] = field(default_factory=dict)  # the same on every rank, of the last optimizer step
+    seconds: dict[str, float] = field(default_factory=dict)  # by phase
+
+
+class PolicyWorker:
+    """A rank. ``setup`` joins the process groups, ``build`` makes the model, the rest are the verbs of a step."""
+
+    def __init__(self, config: RunConfig, rank: int) -> None:
+        self.config, self.rank = config, rank
+        self.microbatches: list[list[MicroBatch]] = []  # [optimizer step][microbatch]
+        self.seconds: dict[str, float] = defaultdict(float)
+        self.sender = WeightSender(config, rank)
+        self.saving: checkpoints.Handle | None = None
+
+    def setup(self, master_address: str, master_port: int) -> None:
+        """Join the world, then ``prepare``."""
+        dist.init_process_group(
+            "nccl" if torch.cuda.is_available() else "gloo",
+            init_method=f"tcp://{master_address}:{master_port}",
+            rank=self.rank,
+            world_size=self.config.world_size,
+            timeout=COLLECTIVE_TIMEOUT,
+        )
+        self.prepare()
+
+    def prepare(self) -> None:
+        """Build the model-parallel groups of the world that this process has joined."""
+        if torch.cuda.is_available():
+            self.device = torch.device("cuda", 0)
+            torch.cuda.set_device(self.device)
+        else:
+            self.device = torch.device("cpu")
+            torch.set_num_threads(1)
+            mcore_cpu.enter()
+        if self.config.debug.deterministic:
+            torch.use_deterministic_algorithms(True, warn_only=True)
+        groups.initialize(self.config.parallel, self.config.seed)
+
+    def build(self, hf_dir: str, *, trainable: bool, weights: bool = True) -> None:
+        """Build the policy from ``hf_dir``; when ``trainable``, its optimizer and the frozen reference if asked for.
+
+        ``weights=False``: a checkpoint will be loaded over the initial values.
+        """
+        self.hf_dir = hf_dir
+        c = self.config
+        self.processor = Processor.from_config(hf_dir, c)
+        self.model, self.mappings = build_model(c, hf_dir, weights=weights)
+        self.ddp = self.optimizer = self.scheduler = self.reference = None
+        if trainable:
+            self.ddp, self.optimizer, self.scheduler = build_trainable(c, self.model)
+            if c.algorithm.kl_coef > 0:
+                self.reference, _ = build_model(c, c.model.path)
+                self.reference.requires_grad_(False)
+
+    # ---- one step -------------------------------------------------------------------------------------------------
+
+    def load(self, minibatches: list[list[PackedBatch]]) -> None:
+        """Take this rank's bins of a step, ``[optimizer step][microbatch]``, and decode their images."""
+        with self.timer("load"):
+            pixels = self.processor.pixel_values if parallel_state.is_pipeline_first_stage() else None
+            self.microbatches = [
+                [to_device(batch, device=self.device, pixel_values=pixels) for batch in minibatch]
+                for minibatch in minibatches
+            ]
+
+    def score(self) -> None:
+        """Keep ``old_logprobs`` and ``ref_logprobs`` beside the actions of the step.
+
+        With a single optimizer step the old policy is the trained one, so its log-probs come with the training pass.
+        """
+        flat = [microbatch for minibatch in self.microbatches for microbatch in minibatch]
+        with torch.no_grad():
+            if len(self.microbatches) * self.config.algorithm.num_epochs > 1:
+                with self.timer("old_log_prob"):
+                    self._score_into(flat, self.model, "old_logprobs")
+            if self.reference is not None:
+                with self.timer("ref"):
+                    self._score_into(flat, self.reference, "ref_logprobs")
+
+    def train(self) -> Totals | None:
+        """Run the step's optimizer updates; what the rank counted, or None where the loss is not computed."""
+        totals = Totals()
+        with self.timer("update_actor"):
+            for _ in range(self.config.algorithm.num_epochs):
+                for minibatch in self.microbatches:
+                    self._update(minibatch, totals)
+        self.microbatches = []
+        totals.seconds, self.seconds = dict(self.seconds), defaultdict(float)
+        return totals if self._speaks() else None
+
+    def logprobs(self, batches: list[PackedBatch], temperature: float, ban: bool) -> list[np.ndarray] | None:
+        """Log-probs [N] of the actions of each bin, or None where they are not computed; ``ban`` as in sampling."""
+        self.load([batches])
+        with torch.no_grad():
+            outputs = self._run(self.microbatches[0], self.model, partial(self._keep, temperature, ban), train=False)
+        self.microbatches = []
+        return [output.cpu().numpy() for output in outputs] if self._speaks() else None
+
+    def validate(self, batches: list[PackedBatch]) -> Totals | None:
+        """The loss on ``batches`` without training on them."""
+        self.load([batches])
+        with torch.no_grad():
+            outputs = self._run(self.microbatches[0], self.model, self._loss, train=False)
+        self.microbatches = []
+        totals = Totals()
+        _accumulate(totals, outputs)
+        return totals if self._speaks() else None
+
+    def _update(self, minibatch: list[MicroBatch], totals: Totals) -> None:
+        self.ddp.zero_grad_buffer()
+        self.optimizer.zero_grad()
+        outputs = self._run(minibatch, self.model, self._loss, train=True)
+        self.scheduler.step(increment=1)
+        _, grad_norm, _ = self.optimizer.step()
+        if not np.isfinite(grad_norm):
+            raise FloatingPointError(f"rank {self.rank}: the gradient norm is {grad_norm}; the step was not saved")
+        _accumulate(totals, outputs)
+        totals.values = {"actor/grad_norm": float(grad_norm), "actor/lr": self.optimizer.param_groups[0]["lr"]}
+
+    def _score_into(self, microbatches: list[MicroBatch], model: MegatronModule, name: str) -> None:
+        keep = partial(self._keep, self.config.rollout.temperature, True)
+        outputs = self._run(microbatches, model, keep, train=False)
+        if parallel_state.is_pipeline_last_stage():
+            for microbatch, logprobs in zip(microbatches, outputs, strict=True):
+                setattr(microbatch, name, logprobs)
+
+    def _run(self, microbatches: list[MicroBatch], model: MegatronModule, after: After, *, train: bool) -> list[Any]:
+        """Send ``microbatches`` through the pipeline; what ``after`` returns for each of them on the last stage."""
+
+        def forward(iterator: Iterator[MicroBatch], module: torch.nn.Module) -> tuple[Tensor, Callable]:
+            m = next(iterator)
+            output = module(m.tokens, m.position_ids, m.cu_seqlens, m.pixel_values, m.grids, m.image_index)
+            return output, partial(after, model, m)
+
+        return get_forward_backward_func()(
+            forward_step_func=forward,
+            data_iterator=iter(microbatches),
+            model=self.ddp if train else model,
+            num_microbatches=len(microbatches),
+            seq_length=microbatches[0].tokens.shape[1],
+            micro_batch_size=1,
+            forward_only=not train,
+        )
+
+    def _head(
+        self, model: MegatronModule, m: MicroBatch, hidden: Tensor, temperature: float, ban: bool
+    ) -> tuple[Tensor, Tensor]:
+        """Log-probs and entropies [N] of the actions, from hidden states [T, H]."""
+        return linear_logprob(
+            hidden[m.rows],
+            model.output_weight(),
+            m.targets,
+            temperature=temperature,
+            banned_ids=self.processor.banned_token_ids if ban else (),
+            vocab_size=model.vocab_size,
+            tp_group=parallel_state.get_tensor_model_parallel_group(),
+        )
+
+    def _keep(self, temperature: float, ban: bool, model: MegatronModule, m: MicroBatch, hidden: Tensor) -> Outputs:
+        logprobs, _ = self._head(model, m, hidden, temperature, ban)
+        return hidden.new_zeros(()), torch.zeros((), dtype=torch.int, device=self.device), logprobs
+
+    def _loss(self, model: MegatronModule, m: MicroBatch, hidden: Tensor) -> Outputs:
+        """The sum of the weighted losses of the actions, their number, and sums for the log."""
+        config = self.config.algorithm
+        supervised = config.policy_loss == "sft"
+        logprobs, entropy = self._head(
+            model, m, hidden, 1.0 if supervised else self.config.rollout.temperature, ban=not supervised
+        )
+        actions = Actions(
+            logprobs=logprobs,
+            entropy=entropy,
+            old_logprobs=logprobs.detach() if m.old_logprobs is None else m.old_logprobs,
+            ref_logprobs=m.ref_logprobs,
+            rollout_logprobs=m.rollout_logprobs,
+            advantages=m.advantages,
+            loss_weights=m.loss_weights,
+            sequence_ids=m.sequence_ids,
+            num_sequences=m.num_sequences,
+        )
+        loss, metrics = policy_loss(actions, config)
+        penalty, penalty_metrics = penalties(actions, config)
+        metrics |= {"actor/pg_loss": loss.detach()} | penalty_metrics
+        sums = {name: (value * m.loss_weights).sum() for name, value in metrics.items()}
+        maxima = {}
+        if not supervised:
+            sums |= _rollout_difference(actions)
+            difference = (actions.old_logprobs.exp() - actions.rollout_logprobs.exp()).abs()
+            maxima["training/rollout_probs_diff_max"] = difference.max() if len(difference) else difference.sum()
+        count = torch.tensor(len(m.rows), dtype=torch.int, device=self.device)
+        return ((loss + penalty) * m.loss_weights).sum(), count, (len(m.rows), sums, maxima)
+
+    # ---- weights and checkpoints ------------------------------------------------------------------------------------
+
+    def send_weights(self, engines: list[ActorHandle], version: int, final: bool) -> dict[str, str]:
+        """Push this stage's weights to ``engines``: see ``WeightSender.send``."""
+        buckets = export_tensors(
+            self.model,
+            self.mappings,
+            bucket_bytes=self.config.weight_sync.bucket_bytes,
+            dtype=getattr(torch, self.config.rollout.dtype or self.config.model.dtype),
+        )
+        return self.sender.send(buckets, engines, version, final)
+
+    def write_hf(self, directory: str) -> dict[str, str]:
+        """Write the policy as a Hugging Face directory; every rank calls it, rank 0 writes and has the checksums."""
+        tensors = export_to_rank_zero(self.model, self.mappings, bucket_bytes=self.config.weight_sync.bucket_bytes)
+        sent: dict[str, str] = {}
+
+        def noting() -> Iterator[tuple[str, Tensor]]:
+            for name, tensor in tensors:
+                sent[name] = tensor_checksum(tensor)
+                yield name, tensor
+
+        if self.rank == 0:
+            write_hf(directory, noting(), self.hf_dir)
+        else:
+            for _ in tensors:
+                pass
+        return sent
+
+    def save_checkpoint(self, directory: str, step: int, extra: dict[str, Any]) -> None:
+        """Begin (``checkpoint.async_save``) or make a checkpoint of everything that a resumed run needs."""
+        self.finish_saving()
+        self.saving = checkpoints.save(
+            directory,
+            step,
+            self.model,
+            self.optimizer,
+            self.scheduler,
+            extra,
+            self.config,
+            hf_dir=self.hf_dir,
+            async_save=self.config.checkpoint.async_save,
+        )
+
+    def finish_saving(self) -> None:
+        """Return when the last checkpoint is complete, and remove older ones beyond ``checkpoint.keep``."""
+        if self.saving is not None:
+            self.saving.wait()
+            if self.rank == 0:
+                keep, own = self.config.checkpoint.keep, Path(self.hf_dir).parent
+                checkpoints.prune(self.saving.path.parent, keep, protect=own)
+            self.saving = None
+
+    def load_checkpoint(self, path: str) -> dict[str, Any]:
+        """Load what ``save_checkpoint`` saved, at any layout; what was saved beside it."""
+        return checkpoints.load(path, self.model, self.optimizer, self.scheduler)
+
+    # ---- small things -----------------------------------------------------------------------------------------------
+
+    def memory_bytes(self) -> int:
+        """Resident memory of this rank's process."""
+        return psutil.Process().memory_info().rss
+
+    @contextmanager
+    def timer(self, phase: str) -> Iterator[None]:
+        """Add the seconds that the block takes to ``phase``."""
+        start = time.perf_counter()
+        yield
+        self.seconds[phase] += time.perf_counter() - start
+
+    def _speaks(self) -> bool:
+        """Whether this rank answers for its data-parallel group."""
+        return parallel_state.is_pipeline_last_stage() and parallel_state.get_tensor_model_parallel_rank() == 0
+
+
+def _rollout_difference(actions: Actions) -> dict[str, Tensor]:
+    """Sums over actions that compare the trainer's probabilities with those the engine reported."""
+    difference = (actions.old_logprobs.exp() - actions.rollout_logprobs.exp()).abs()
+    return {
+        "training/rollout_probs_diff_mean": difference.sum(),
+        "training/rollout_probs_diff_square": difference.square().sum(),
+        "training/rollout_logprobs_diff_mean": (actions.old_logprobs - actions.rollout_logprobs).abs().sum(),
+    }
+
+
+def _accumulate(totals: Totals, outputs: list[tuple[int, dict[str, Tensor], dict[str, Tensor]]]) -> None:
+    for count, sums, maxima in outputs:
+        totals.count += count
+        for name, value in sums.items():
+            totals.sums[name] = totals.sums.get(name, 0.0) + float(value)
+        for name, value in maxima.items():
+            totals.maxima[name] = max(totals.maxima.get(name, 0.0), float(value))

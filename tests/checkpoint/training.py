@@ -1,0 +1,173 @@
+"""A few training steps of a tiny Qwen2.5-VL on the ranks of the pool: what the checkpoint tests interrupt."""
+
+from __future__ import annotations
+
+import random
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from megatron.core import parallel_state as ps
+from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
+from megatron.core.optimizer import MegatronOptimizer, OptimizerConfig, get_megatron_optimizer
+from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
+from megatron.core.pipeline_parallel import get_forward_backward_func
+from megatron.core.tensor_parallel.random import get_cuda_rng_tracker
+from megatron.core.transformer.module import MegatronModule
+
+from megarl.checkpoint.huggingface import load_hf, read_config
+from megarl.config import ModelConfig, ParallelConfig, RunConfig
+from megarl.kernels.logprob import linear_logprob
+from megarl.models.family import family_of
+from megarl.models.mapping import Mapping
+from megarl.parallel import groups
+from megarl.utils.checksum import tensor_checksum
+from tests.models.tiny_qwen_vl import BANNED, Batch, Reference, pack, tiny_model, tiny_samples, trained
+
+MICROBATCHES = [[0], [1, 4, 2], [3], [5, 6]]
+
+
+@dataclass
+class Trainable:
+    config: RunConfig
+    model: MegatronModule
+    mappings: list[Mapping]
+    ddp: DistributedDataParallel
+    optimizer: MegatronOptimizer
+    scheduler: OptimizerParamScheduler
+
+
+def tiny(name: str, directory: Path, dtype: torch.dtype = torch.float32) -> Reference:
+    """Write the tiny model ``name`` to ``directory``; its samples with weight one on every prediction."""
+    model = tiny_model(name).to(dtype)
+    model.save_pretrained(directory)
+    samples = tiny_samples(model)
+    return Reference(str(directory), samples, [torch.ones(len(trained(s))) for s in samples])
+
+
+def run_config(directory: str | Path, layout: tuple[int, int], **model: object) -> RunConfig:
+    tp, pp = layout
+    parallel = ParallelConfig(tensor_model_parallel_size=tp, pipeline_model_parallel_size=pp, sequence_parallel=tp > 1)
+    return RunConfig(model=ModelConfig(path=str(directory), **model), parallel=parallel)
+
+
+def build_model(config: RunConfig, *, weights: bool = True, seed: int = 0) -> tuple[MegatronModule, list[Mapping]]:
+    """Process groups and this rank's shard of the model; ``weights=False`` leaves random values."""
+    groups.initialize(config.parallel, seed)
+    hf = read_config(config.model.path)
+    family = family_of(hf)
+    first, last = ps.is_pipeline_first_stage(), ps.is_pipeline_last_stage()
+    model = family.build(hf, config.model, config.parallel, pre_process=first, post_process=last)
+    mappings = family.mappings(hf)
+    if weights:
+        load_hf(model, mappings, config.model.path)
+    return model, mappings
+
+
+def build(config: RunConfig, *, weights: bool = True, seed: int = 0, overlap: bool = False) -> Trainable:
+    model, mappings = build_model(config, weights=weights, seed=seed)
+    model.freeze(config.model.freeze)
+    bf16, sharded = config.model.dtype == "bfloat16", config.parallel.use_distributed_optimizer
+    ddp_config = DistributedDataParallelConfig(
+        use_distributed_optimizer=sharded,
+        grad_reduce_in_fp32=True,
+        overlap_grad_reduce=overlap,
+        overlap_param_gather=overlap,
+    )
+    ddp = DistributedDataParallel(model.config, ddp_config, model)
+    model.config.finalize_model_grads_func = finalize_model_grads
+    optimizer_config = OptimizerConfig(
+        optimizer="adam",
+        lr=1e-2,
+        min_lr=1e-3,
+        adam_beta2=0.95,
+        adam_eps=1e-4,
+        weight_decay=0.01,
+        clip_grad=1.0,
+        bf16=bf16,
+        params_dtype=torch.bfloat16 if bf16 else torch.float32,
+        use_distributed_optimizer=sharded,
+    )
+    optimizer = get_megatron_optimizer(optimizer_config, [ddp])
+    scheduler = OptimizerParamScheduler(
+        optimizer,
+        init_lr=0.0,
+        max_lr=1e-2,
+        min_lr=1e-3,
+        lr_warmup_steps=2,
+        lr_decay_steps=10,
+        lr_decay_style="linear",
+        start_wd=0.01,
+        end_wd=0.01,
+        wd_incr_steps=0,
+        wd_incr_style="constant",
+    )
+    return Trainable(config, model, mappings, ddp, optimizer, scheduler)
+
+
+def noise() -> float:
+    """One draw from every generator of this rank."""
+    with get_cuda_rng_tracker().fork():
+        tracked = float(torch.rand(()))
+    return random.random() + float(np.random.rand()) + float(torch.rand(())) + tracked
+
+
+def step(trainable: Trainable, reference: Reference, *, noisy: bool = False) -> float:
+    """One optimizer step on the whole batch; the mean loss, the same on every rank."""
+    model, tp = trainable.model, ps.get_tensor_model_parallel_world_size()
+    batches = [pack(reference, indices, multiple=tp) for indices in MICROBATCHES]
+    batches = batches[ps.get_data_parallel_rank() :: ps.get_data_parallel_world_size()]
+    scale = torch.tensor(1.0 + 0.1 * noise() if noisy else 1.0)
+    dist.broadcast(scale, src=0)  # ranks draw differently; they must train alike
+    totals = torch.zeros(2)
+
+    def loss(batch: Batch, hidden: torch.Tensor) -> tuple:
+        logprobs, _ = linear_logprob(
+            hidden[batch.rows],
+            model.output_weight(),
+            batch.targets,
+            temperature=1.0,
+            banned_ids=BANNED,
+            vocab_size=model.vocab_size,
+            tp_group=ps.get_tensor_model_parallel_group(),
+        )
+        value = (-logprobs * batch.weights).sum()
+        totals.add_(torch.stack([value.detach(), torch.tensor(float(len(batch.rows)))]))
+        return value * scale, torch.tensor(len(batch.rows), dtype=torch.int), {}
+
+    def forward(iterator, model):
+        batch = next(iterator)
+        return model(*batch.forward), partial(loss, batch)
+
+    trainable.ddp.zero_grad_buffer()
+    trainable.optimizer.zero_grad()
+    get_forward_backward_func()(
+        forward_step_func=forward,
+        data_iterator=iter(batches),
+        model=trainable.ddp,
+        num_microbatches=len(batches),
+        seq_length=batches[0].forward[0].shape[1],
+        micro_batch_size=1,
+        forward_only=False,
+    )
+    trainable.optimizer.step()
+    trainable.scheduler.step(increment=1)
+    dist.all_reduce(totals)
+    return float(totals[0] / totals[1])
+
+
+def fingerprint(trainable: Trainable) -> dict[str, str]:
+    """Checksums of every parameter and optimizer tensor of this rank, and a draw from its generators."""
+    tensors = dict(trainable.model.named_parameters())
+    for i, optimizer in enumerate(trainable.optimizer.chained_optimizers):
+        for j, state in enumerate(optimizer.optimizer.state.values()):
+            tensors |= {f"{i}.{j}.{name}": value for name, value in state.items() if isinstance(value, torch.Tensor)}
+        steps = [group["step"] for group in optimizer.optimizer.param_groups]
+        tensors[f"{i}.step"] = torch.tensor(steps)
+        for k, group in enumerate(optimizer.optimizer.param_groups):
+            tensors |= {f"{i}.{k}.main.{j}": parameter for j, parameter in enumerate(group["params"])}
+    result = {name: tensor_checksum(tensor) for name, tensor in tensors.items()}
+    return result | {"noise": repr(noise()), "lr": repr(trainable.scheduler.num_steps)}

@@ -1,0 +1,108 @@
+"""The pool: assembly of samples, reproducible sampling, engines that die or hang."""
+
+import os
+import signal
+import time
+
+import numpy as np
+import pytest
+import ray
+
+from megarl.rollout.engine import Response
+from megarl.rollout.manager import EngineError, sample_seed, to_sample
+from tests.rollout.reference import prompt
+
+
+def test_a_sample_is_the_prompt_and_the_response(processor):
+    encoded = prompt(processor, 1)
+    response = Response(np.array([5, 6], np.int32), np.array([-1.0, -2.0], np.float32), "length", 3)
+    sample = to_sample(encoded, 4, response, "ab")
+    length = len(encoded.tokens)
+    assert sample.tokens.tolist() == [*encoded.tokens, 5, 6]
+    assert sample.loss_mask.tolist() == [False] * length + [True] * 2
+    assert sample.rollout_logprobs.tolist() == [0.0] * length + [-1.0, -2.0]
+    assert (sample.group_id, sample.weight_version, sample.response, sample.finish_reason) == (4, 3, "ab", "length")
+    assert sample.media.images == encoded.media.images
+
+
+def test_seeds_are_distinct():
+    seeds = {sample_seed(step, i, k) for step in range(3) for i in range(10) for k in range(10)}
+    assert len(seeds) == 300
+    assert max(seeds) < 2**63
+
+
+def test_groups_arrive_one_by_one_and_return_in_order(pool, processor):
+    prompts = [prompt(processor, i % 3, i) for i in range(5)]
+    streamed, progress = [], []
+    samples = pool.manager.generate(
+        prompts,
+        group_size=3,
+        temperature=1.0,
+        max_new_tokens=8,
+        step_seed=1,
+        on_samples=streamed.append,
+        progress=lambda done, total: progress.append((done, total)),
+    )
+    assert [s.group_id for s in samples] == [i for i in range(5) for _ in range(3)]
+    assert all(s.prompt is prompts[s.group_id].prompt for s in samples)
+    assert all(s.response == processor.decode(s.tokens[s.loss_mask]) for s in samples)
+    assert sorted(group[0].group_id for group in streamed) == list(range(5))
+    assert all(len(group) == 3 for group in streamed)
+    assert progress == [(i, 5) for i in range(1, 6)]
+
+
+def test_an_error_of_a_prompt_is_not_an_engines_death(pool, processor):
+    encoded = prompt(processor, 1)
+    encoded.media.images[0] = b"not an image"
+    with pytest.raises(ValueError, match="image 0"):
+        pool.manager.generate([encoded], group_size=1, temperature=1.0, max_new_tokens=4, step_seed=1)
+    assert pool.manager.num_restarts == 0
+
+
+def bits(samples):
+    return [(s.tokens.tobytes(), s.rollout_logprobs.tobytes()) for s in samples]
+
+
+def test_a_deterministic_rollout_does_not_depend_on_the_engine_or_its_past(deterministic_manager, processor):
+    """Each share is drawn by the engine that served other requests before and by the one that did not."""
+    manager = deterministic_manager
+    prompts = [prompt(processor, i % 3, i) for i in range(6)]
+    settings = {"group_size": 4, "temperature": 1.0, "max_new_tokens": 24}
+    manager.generate(prompts[2:3], group_size=3, temperature=0.7, max_new_tokens=30, step_seed=8)  # by the first only
+    manager.score(prompts[0].tokens, prompts[0].media)
+    first = bits(manager.generate(prompts, **settings, step_seed=9))
+    manager.engines.reverse()
+    assert bits(manager.generate(prompts, **settings, step_seed=9)) == first
+    assert len(set(first)) == 24
+    assert bits(manager.generate(prompts, **settings, step_seed=10)) != first
+
+
+def processes(manager):
+    return ray.get(manager.engines[0].ping.remote())["processes"]
+
+
+def test_a_killed_scheduler_costs_no_sample(pool, processor):
+    """Runs after the tests that share the engine: it spends the one restart, then shows what follows without."""
+    prompts = [prompt(processor, i % 3, i) for i in range(6)]
+    killed = []
+
+    def kill_once(group):
+        if not killed:
+            killed.append(time.monotonic())
+            os.kill(processes(pool.manager)[0], signal.SIGKILL)
+
+    settings = {"group_size": 2, "temperature": 1.0, "max_new_tokens": 300}
+    samples = pool.manager.generate(prompts, **settings, step_seed=2, on_samples=kill_once)
+    assert [s.group_id for s in samples] == [i for i in range(6) for _ in range(2)]
+    assert pool.manager.num_restarts == 1
+    assert pool.synced == [[pool.manager.engines[0]]]
+    assert pool.manager.engines[0] != pool.engine
+
+    pid = processes(pool.manager)[0]
+    os.kill(pid, signal.SIGSTOP)  # hangs: noticed by the clock
+    try:
+        pool.manager._config.rollout.timeout_s = 2.0
+        with pytest.raises(EngineError, match=r"engine 0 .*timeout_s=2 s.*max_restarts=1"):
+            pool.manager.generate(prompts, **settings, step_seed=3)
+    finally:
+        os.kill(pid, signal.SIGKILL)

@@ -1,0 +1,34 @@
+"""Convert a Hugging Face directory to a Megatron checkpoint.
+
+    python tools/convert/hf_to_megatron.py HF_DIR OUT_DIR [parallel.tensor_model_parallel_size=2 ...]
+
+OUT_DIR loads at any parallel layout; parity.json in it says how it compares with HF_DIR.
+"""
+
+import argparse
+import sys
+
+from megarl.checkpoint.convert import hf_to_megatron
+
+
+def main() -> int:
+    """Exit status 0 when the result is bit for bit the model, 1 when it is not, 2 when nothing could be converted."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("hf_dir", metavar="HF_DIR")
+    parser.add_argument("out_dir", metavar="OUT_DIR")
+    parser.add_argument("overrides", metavar="key=value", nargs="*", help="parallel.* and model.* keys")
+    arguments = parser.parse_args()
+    try:
+        report = hf_to_megatron(arguments.hf_dir, arguments.out_dir, arguments.overrides)
+    except ValueError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    keys, logits = report["keys"], report["logits"]
+    print(f"{arguments.out_dir}: {keys['compared']} of {keys['huggingface']} tensors compared")
+    print(f"round trip bit for bit: {report['bit_exact']} (largest difference {report['max_abs_diff']:g})")
+    print(f"logits against transformers: {logits.get('skipped') or logits['max_abs_diff']}")
+    return 0 if report["bit_exact"] else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
