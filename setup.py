@@ -1,4 +1,4 @@
-"""megarl's packaging. ``requirements/cpu.txt`` is the pinned, tested set; these are the ranges a library may ask for."""
+"""megarl's packaging: the version ranges that a library may ask for. The tested set is ``requirements/cpu.txt``."""
 
 from __future__ import annotations
 

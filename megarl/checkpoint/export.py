@@ -33,10 +33,10 @@ def _gather_shards(parameters: list[Tensor]) -> list[list[Tensor]]:
     for _, members in groupby(order, key=lambda i: parameters[i].dtype):
         indices = list(members)
         flat = torch.cat([parameters[i].reshape(-1) for i in indices])
-        gathered = flat.new_empty(size, flat.numel())
+        gathered = flat.new_empty(size * flat.numel())
         group = parallel_state.get_tensor_model_parallel_group()
         dist.all_gather_into_tensor(gathered, flat, group=group)
-        columns = gathered.split([parameters[i].numel() for i in indices], dim=1)
+        columns = gathered.view(size, -1).split([parameters[i].numel() for i in indices], dim=1)
         for i, column in zip(indices, columns, strict=True):
             shards[i] = [row.view(parameters[i].shape) for row in column.contiguous().unbind(0)]
     return shards

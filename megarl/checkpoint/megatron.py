@@ -315,13 +315,15 @@ def load(
 
 
 def _restore_rng(path: Path, manifest: Manifest) -> None:
+    if "rng" not in manifest.contents:
+        return
     sizes = {
         "tensor_model_parallel_size": parallel_state.get_tensor_model_parallel_world_size(),
         "pipeline_model_parallel_size": parallel_state.get_pipeline_model_parallel_world_size(),
         "data_parallel_size": parallel_state.get_data_parallel_world_size(),
     }
     saved = {name: manifest.parallel[name] for name in sizes}
-    if "rng" not in manifest.contents or saved != sizes:
+    if saved != sizes:
         if dist.get_rank() == 0:
             logger.warning("%s was saved by the layout %s: random generators are not restored", path, saved)
         return

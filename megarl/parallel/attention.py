@@ -10,6 +10,7 @@ Shapes: T packed tokens, S sequences, L tokens of a sequence, H heads, D channel
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 from itertools import pairwise
 
 import torch
@@ -72,7 +73,9 @@ class SequenceLayout:
 class PackedSequences(PackedSeqParams):
     """``PackedSeqParams`` that also keep what our attention derives from them."""
 
-    layout: SequenceLayout | None = None
+    @cached_property
+    def layout(self) -> SequenceLayout:
+        return SequenceLayout(self.cu_seqlens_q)
 
 
 def packed_sequences(cu_seqlens: Tensor, *, transformer_impl: str = "local") -> PackedSeqParams:
@@ -92,7 +95,6 @@ def packed_sequences(cu_seqlens: Tensor, *, transformer_impl: str = "local") -> 
         cu_seqlens_kv=cu_seqlens,
         max_seqlen_q=longest,
         max_seqlen_kv=longest,
-        layout=SequenceLayout(cu_seqlens) if transformer_impl == "local" else None,
         **whole,
     )
 

@@ -36,7 +36,8 @@ def ask(*images: bytes, text: str = "What digits are in this image?") -> Prompt:
 
 
 @pytest.mark.parametrize(
-    ("height", "width"), [(28, 112), (1, 1), (13, 91), (57, 55), (200, 301), (333, 97), (640, 427), (40, 4000), (3, 500)]
+    ("height", "width"),
+    [(28, 112), (1, 1), (13, 91), (57, 55), (200, 301), (333, 97), (640, 427), (40, 4000), (3, 500)],
 )
 def test_grid_from_the_header_and_pixels_equal_hugging_face(processor, tiny_qwen, height, width):
     image = noise(height, width)
@@ -94,7 +95,9 @@ def test_position_ids_equal_hugging_face(processor, model_class, sizes):
         assert (ours == np.arange(len(tokens))).all()
         return
     config_class = {"Qwen2VLModel": transformers.Qwen2VLConfig, "Qwen2_5_VLModel": transformers.Qwen2_5_VLConfig}
-    config = config_class[model_class](**{k: v for k, v in processor.config.to_dict().items() if k.endswith("_token_id")})
+    config = config_class[model_class](
+        **{k: v for k, v in processor.config.to_dict().items() if k.endswith("_token_id")}
+    )
     with torch.device("meta"):
         model = getattr(transformers, model_class)(config)
     ids = torch.tensor(tokens).long()[None]
@@ -133,7 +136,9 @@ def test_the_tiny_tokenizer_keeps_words_and_digits_whole(processor):
     assert len(encoded.tokens) == 34
     question = [processor.tokenizer.decode([token]) for token in encoded.tokens[9:29]]
     assert question[:6] == ["What", " digits", " are", " in", " this", " image"]
-    assert "".join(question) == "What digits are in this image? I need the digits in a list sorted from lowest to highest."
+    assert (
+        "".join(question) == "What digits are in this image? I need the digits in a list sorted from lowest to highest."
+    )
     assert len(processor.encode_response("1,2,3")) == 6
     assert len({processor.encode_response(str(digit))[0] for digit in range(10)}) == 10
     assert len(processor.tokenizer) == processor.config.text_config.vocab_size <= 512
@@ -228,7 +233,9 @@ def test_a_bomb_is_refused_by_its_header(tiny_qwen):
     header = b"IHDR" + side.to_bytes(4, "big") * 2 + bytes([8, 2, 0, 0, 0])
     bomb = b"\x89PNG\r\n\x1a\n" + (13).to_bytes(4, "big") + header + zlib.crc32(header).to_bytes(4, "big")
     with pytest.raises(ValueError, match="digits/train/7: image 0: "):
-        Processor(tiny_qwen).encode(ask(bomb + (0).to_bytes(4, "big") + b"IDAT" + zlib.crc32(b"IDAT").to_bytes(4, "big")))
+        Processor(tiny_qwen).encode(
+            ask(bomb + (0).to_bytes(4, "big") + b"IDAT" + zlib.crc32(b"IDAT").to_bytes(4, "big"))
+        )
 
 
 def test_placeholders_and_images_must_match(processor):

@@ -50,9 +50,16 @@ def references(tmp_path_factory):
 
 
 def train(
-    directory: str, layout: tuple[int, int, bool], model_config: ModelConfig, microbatches: list[Batch]
+    directory: str,
+    layout: tuple[int, int, bool],
+    model_config: ModelConfig,
+    microbatches: list[Batch],
+    force_all_reduce: bool = True,
 ) -> dict[str, Any]:
-    """One optimizer step on this rank: its shards of logits, gradients and updated parameters."""
+    """One optimizer step on this rank: its shards of logits, gradients and updated parameters.
+
+    Without ``force_all_reduce`` the gradients are whole only where the rank's optimizer needs them.
+    """
     from megatron.core import parallel_state as ps
     from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
     from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
@@ -90,7 +97,10 @@ def train(
         [ddp],
     )
     mine = microbatches[ps.get_data_parallel_rank() :: ps.get_data_parallel_world_size()]
-    logits = []
+    logits, attentions = [], []
+    for name, module in model.named_modules():
+        if name.endswith("core_attention"):
+            module.register_forward_hook(lambda *_, name=name: attentions.append(name))
 
     def loss(batch: Batch, hidden: torch.Tensor) -> tuple:
         weight = model.output_weight()
@@ -122,7 +132,7 @@ def train(
         seq_length=mine[0].forward[0].shape[1],
         micro_batch_size=1,
         forward_only=False,
-        force_all_reduce=True,  # whole gradients on every data-parallel rank
+        force_all_reduce=force_all_reduce,
     )
     named = [(model.global_name(name), p) for name, p in model.named_parameters()]
     gradients = {name: p.main_grad.clone() for name, p in named if p.requires_grad}
@@ -131,6 +141,7 @@ def train(
         "tp": ps.get_tensor_model_parallel_rank(),
         "dp": ps.get_data_parallel_rank(),
         "logits": logits,
+        "attentions": sorted(attentions),
         "gradients": gradients,
         "updated": {name: p.detach().clone() for name, p in named},
     }
@@ -208,10 +219,23 @@ def test_packing_and_order_change_nothing(pool, references, layout, microbatches
 @pytest.mark.parametrize("layout", ["tp1", "tp2_sp", "tp2_pp2"])
 def test_recompute_changes_nothing(pool, references, layout):
     ref = references("gqa4_untied")
-    plain = joined(run(pool, ref, layout), "gradients", ref.directory)
-    recomputed = joined(run(pool, ref, layout, model=ModelConfig(recompute="full")), "gradients", ref.directory)
+    kept = run(pool, ref, layout)
+    recomputed = run(pool, ref, layout, model=ModelConfig(recompute="full"))
+    for first, second in zip(kept, recomputed, strict=True):
+        assert first["attentions"]
+        assert second["attentions"] == sorted(first["attentions"] * 2)
+    ours, plain = (joined(results, "gradients", ref.directory) for results in (recomputed, kept))
     for name, gradient in plain.items():
-        torch.testing.assert_close(recomputed[name], gradient, rtol=1e-6, atol=1e-9, msg=name)
+        torch.testing.assert_close(ours[name], gradient, rtol=1e-6, atol=1e-9, msg=name)
+
+
+@pytest.mark.parametrize("layout", ["dp2", "tp2_dp2"])
+def test_reduce_scattered_gradients_give_the_same_step(pool, references, layout):
+    ref = references("gqa4_untied")
+    world_size, sizes = LAYOUTS[layout]
+    batches = [pack(ref, indices, multiple=sizes[0]) for indices in MICROBATCHES]
+    results = pool.run(train, world_size, ref.directory, sizes, ModelConfig(), batches, False)
+    assert_near(joined(results, "updated", ref.directory), ref.updated)
 
 
 def test_a_batch_of_text_leaves_the_tower_a_gradient_of_zero(pool, references):
@@ -262,6 +286,7 @@ def test_bfloat16_stays_near_float32(pool, references):
         ({}, {"tensor_model_parallel_size": 4}, ValueError, "num_key_value_heads=2 cannot be divided by parallel.tens"),
         ({}, {"pipeline_model_parallel_size": 4}, ValueError, "num_hidden_layers=2 cannot be divided by parallel.pi"),
         ({"megatron": {"layernorm_epsilom": 1}}, {}, ValueError, "did you mean model.megatron.layernorm_epsilon?"),
+        ({"attention_backend": "varlen"}, {}, ValueError, "model.attention_backend=varlen needs CUDA"),
         ({"transformer_impl": "transformer_engine"}, {}, ImportError, "needs the package transformer-engine"),
     ],
 )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 from megatron.core.models.gpt.gpt_layer_specs import (
     get_gpt_layer_local_spec,
     get_gpt_layer_with_transformer_engine_spec,
@@ -41,6 +42,8 @@ def layer_spec(model: ModelConfig, *, causal: bool = True) -> ModuleSpec:
         require_transformer_engine()
         spec = get_gpt_layer_with_transformer_engine_spec()
     else:
+        if model.attention_backend == "varlen" and not (torch.cuda.is_available() and model.dtype == "bfloat16"):
+            raise ValueError("model.attention_backend=varlen needs CUDA and model.dtype=bfloat16")
         spec = get_gpt_layer_local_spec(normalization="RMSNorm")
         spec.submodules.input_layernorm = spec.submodules.pre_mlp_layernorm = RMSNorm
         spec.submodules.self_attention.submodules.core_attention = ModuleSpec(

@@ -170,7 +170,7 @@ class QwenVLModel(MegatronModule):
             images = self.encode(pixel_values, grids, image_index)
             if len(images) != int(places.sum()):
                 raise ValueError(f"images give {len(images)} tokens and the text has places for {int(places.sum())}")
-            embeddings = embeddings[:, 0].masked_scatter(places[:, None], images)[:, None]
+            embeddings = embeddings[:, 0].masked_scatter(places[:, None], images.to(embeddings.dtype))[:, None]
         if self.config.sequence_parallel:
             embeddings = scatter_to_sequence_parallel_region(embeddings)
         return embeddings

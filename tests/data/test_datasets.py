@@ -1,0 +1,129 @@
+import json
+
+import pyarrow
+import pyarrow.parquet
+import pytest
+
+from megarl.config import DataConfig
+from megarl.data.datasets import read_rows
+
+IMAGE = {"type": "image"}
+
+
+def write(path, *rows):
+    path.write_text("\n".join(json.dumps(row) for row in rows) + "\n")
+    return path
+
+
+def prompt_of(path, index=0, **data):
+    return read_rows([path])[index].prompt("set/train/0", "set", DataConfig(**data))
+
+
+def test_jsonl_row_with_images_beside_the_file(tmp_path):
+    (tmp_path / "img").mkdir()
+    (tmp_path / "img" / "a.png").write_bytes(b"A")
+    (tmp_path / "img" / "b.png").write_bytes(b"B")
+    row = {
+        "prompt": [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "<image>or<image>?"}],
+        "images": ["img/a.png", "img/b.png"],
+        "answer": [1, 2],
+        "target": "first",
+        "level": 3,
+    }
+    prompt = prompt_of(write(tmp_path / "train.jsonl", row))
+    assert (prompt.id, prompt.task, prompt.answer, prompt.target) == ("set/train/0", "set", [1, 2], "first")
+    assert prompt.images == [b"A", b"B"]
+    assert prompt.messages == [
+        {"role": "system", "content": [{"type": "text", "text": "Be brief."}]},
+        {"role": "user", "content": [IMAGE, {"type": "text", "text": "or"}, IMAGE, {"type": "text", "text": "?"}]},
+    ]
+    assert prompt.metadata == {"level": 3}
+
+
+def test_without_placeholders_images_come_first(tmp_path):
+    (tmp_path / "a.png").write_bytes(b"A")
+    prompt = prompt_of(write(tmp_path / "t.jsonl", {"prompt": "What?", "images": "a.png"}))
+    assert prompt.messages == [{"role": "user", "content": [IMAGE, {"type": "text", "text": "What?"}]}]
+    assert (prompt.images, prompt.answer, prompt.target) == ([b"A"], None, None)
+
+
+def test_keys_are_named_in_the_configuration(tmp_path):
+    path = write(tmp_path / "t.jsonl", {"problem": "1+1?", "solution": "2", "response": "2"})
+    prompt = prompt_of(path, prompt_key="problem", answer_key="solution")
+    assert (prompt.messages[0]["content"][0]["text"], prompt.answer) == ("1+1?", "2")
+    assert prompt.metadata == {"response": "2"}
+
+
+def test_parquet_in_verls_layout(tmp_path):
+    row = {
+        "data_source": "hiyouga/geometry3k",
+        "prompt": [{"role": "user", "content": "<image>Find x."}],
+        "images": [{"bytes": b"PNG", "path": None}],
+        "ability": "math",
+        "reward_model": {"style": "rule", "ground_truth": "3"},
+        "extra_info": {"split": "train", "index": 0},
+    }
+    path = tmp_path / "train.parquet"
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist([row, row]), path)
+    prompt = prompt_of(path, 1)
+    assert (prompt.images, prompt.answer) == ([b"PNG"], "3")
+    assert prompt.messages == [{"role": "user", "content": [IMAGE, {"type": "text", "text": "Find x."}]}]
+    assert prompt.metadata["data_source"] == "hiyouga/geometry3k"
+    assert prompt.metadata["extra_info"] == {"split": "train", "index": 0}
+
+
+def test_parquet_with_parts_drops_the_absent_fields_of_a_struct(tmp_path):
+    content = [{"type": "image"}, {"type": "text", "text": "Why?"}]
+    path = tmp_path / "t.parquet"
+    row = {"prompt": [{"role": "user", "content": content}], "images": [b"X"], "answer": "a"}
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist([row]), path)
+    assert prompt_of(path).messages == [{"role": "user", "content": content}]
+
+
+def test_files_are_read_in_order_and_blank_lines_skipped(tmp_path):
+    (tmp_path / "a.jsonl").write_text('{"prompt": "1"}\n\n{"prompt": "2"}\n')
+    write(tmp_path / "b.jsonl", {"prompt": "3"})
+    rows = read_rows([tmp_path / "a.jsonl", tmp_path / "b.jsonl"])
+    assert [row.values["prompt"] for row in rows] == ["1", "2", "3"]
+    assert [row.where for row in rows] == [f"{tmp_path}/a.jsonl:1", f"{tmp_path}/a.jsonl:3", f"{tmp_path}/b.jsonl:1"]
+
+
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        ({"question": "?"}, r"t.jsonl:1: no key 'prompt' \(data.prompt_key\) among question"),
+        ({"promt": "?"}, r"t.jsonl:1: no key 'prompt' \(data.prompt_key\); did you mean 'promt'\?"),
+        ({"prompt": "?", "image": "a.png"}, r"unknown key 'image'; did you mean 'images' \(data.image_key\)\?"),
+        ({"prompt": "?", "anwser": "1"}, r"unknown key 'anwser'; did you mean 'answer' \(data.answer_key\)\?"),
+        ({"prompt": "?", "images": ["no.png"]}, r"t.jsonl:1: images\[0\]: cannot read .*no.png: No such file"),
+        ({"prompt": "?", "images": [3]}, r"t.jsonl:1: images\[0\] is int, neither a path nor bytes"),
+        ({"prompt": "<image><image>?", "images": ["t.jsonl"]}, "2 image placeholders for 1 images in 'images'"),
+        ({"prompt": "<image>?"}, "1 image placeholders for 0 images"),
+        ({"prompt": []}, "'prompt' is neither a text nor a list of messages"),
+        ({"prompt": ["hello"]}, r"prompt\[0\] is not a message with role and content"),
+        ({"prompt": [{"role": "user"}]}, r"prompt\[0\] is not a message with role and content"),
+        ({"prompt": [{"role": "user", "content": None}]}, r"prompt\[0\].content is neither a text nor a list"),
+    ],
+)
+def test_bad_rows_name_file_line_and_key(tmp_path, row, message):
+    with pytest.raises(ValueError, match=message):
+        prompt_of(write(tmp_path / "t.jsonl", row))
+
+
+def test_bad_files_are_named(tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"none.jsonl: no such data file"):
+        read_rows([tmp_path / "none.jsonl"])
+    with pytest.raises(ValueError, match=r"data.csv: data files end in .jsonl or .parquet"):
+        read_rows([tmp_path / "data.csv"])
+    (tmp_path / "bad.jsonl").write_text('{"prompt": "1"}\n{"prompt": \n')
+    with pytest.raises(ValueError, match=r"bad.jsonl:2: not JSON"):
+        read_rows([tmp_path / "bad.jsonl"])
+    (tmp_path / "bytes.jsonl").write_bytes(b'{"prompt": "\xff\xfe"}\n')
+    with pytest.raises(ValueError, match=r"bytes.jsonl:1: not JSON"):
+        read_rows([tmp_path / "bytes.jsonl"])
+    (tmp_path / "list.jsonl").write_text("[1]\n")
+    with pytest.raises(ValueError, match=r"list.jsonl:1: a row is an object, not list"):
+        read_rows([tmp_path / "list.jsonl"])
+    (tmp_path / "bad.parquet").write_bytes(b"PAR1 no")
+    with pytest.raises(ValueError, match=r"bad.parquet: not a parquet file"):
+        read_rows([tmp_path / "bad.parquet"])

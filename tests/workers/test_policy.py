@@ -1,0 +1,141 @@
+"""One optimizer step of the real worker under every layout: the same numbers and the same weights."""
+
+import dataclasses
+
+import numpy as np
+import pytest
+
+from megarl.config import (
+    AlgorithmConfig,
+    DataConfig,
+    ModelConfig,
+    OptimizerConfig,
+    ParallelConfig,
+    RunConfig,
+    TaskConfig,
+    TrainerConfig,
+)
+
+LAYOUTS = {
+    "one rank": (1, ParallelConfig()),
+    "tp2": (2, ParallelConfig(tensor_model_parallel_size=2)),
+    "tp2 sp": (2, ParallelConfig(tensor_model_parallel_size=2, sequence_parallel=True)),
+    "pp2": (2, ParallelConfig(pipeline_model_parallel_size=2)),
+    "dp2": (2, ParallelConfig()),
+    "dp4, ranks with empty bins": (4, ParallelConfig()),
+    "tp2 pp2": (4, ParallelConfig(tensor_model_parallel_size=2, pipeline_model_parallel_size=2)),
+}
+
+
+def config_of(path, parallel, world_size):
+    return RunConfig(
+        model=ModelConfig(path=str(path)),
+        parallel=parallel,
+        optimizer=OptimizerConfig(lr=1e-3),
+        data=DataConfig(prompts_per_step=3),
+        tasks={"digits": TaskConfig(path="megarl.tasks.digits:Digits", kwargs={"order": "random"})},
+        algorithm=AlgorithmConfig(kl_coef=0.1, entropy_coef=0.01, num_minibatches=2),
+        trainer=TrainerConfig(ranks_per_node=world_size, max_tokens_per_microbatch=128),
+    )
+
+
+def samples_of(config, processor):
+    """Nine samples of three prompts: made-up responses, log-probs and advantages."""
+    from megarl.tasks.task import build_tasks
+    from megarl.types import Sample
+
+    task, random, samples = build_tasks(config)["digits"], np.random.default_rng(0), []
+    for group in range(3):
+        encoded = processor.encode(task.prompt("train", group))
+        for _ in range(3):
+            response = random.integers(0, 256, random.integers(2, 9))
+            tokens = np.concatenate([encoded.tokens, response]).astype(np.int32)
+            mask = np.arange(len(tokens)) >= len(encoded.tokens)
+            samples.append(
+                Sample(
+                    prompt=encoded.prompt,
+                    group_id=group,
+                    loss_mask=mask,
+                    rollout_logprobs=(-random.random(len(tokens)) * mask).astype(np.float32),
+                    advantages=(random.normal() * mask).astype(np.float32),
+                    tokens=tokens,
+                    media=encoded.media,
+                )
+            )
+    return samples
+
+
+def train_once(path, parallel, world_size):
+    """On a rank: load, score, train, export; the totals of ranks that speak and the weights of rank 0."""
+    import torch.distributed as dist
+
+    from megarl.algorithms.weights import compute_loss_weights
+    from megarl.checkpoint.export import export_to_rank_zero
+    from megarl.data.packing import Packing, pack_bins
+    from megarl.workers.policy import PolicyWorker
+
+    config = config_of(path, parallel, world_size)
+    worker = PolicyWorker(config, dist.get_rank())
+    worker.prepare()
+    worker.build(str(path), trainable=True)
+    packing = Packing.of(config, worker.processor)
+    samples = samples_of(config, worker.processor)
+    size = config.data_parallel_size
+    rank = dist.get_rank() // parallel.tensor_model_parallel_size % size
+    minibatches = []
+    for part in (samples[:6], samples[6:]):
+        for sample, weights in zip(part, compute_loss_weights(part, config.algorithm), strict=True):
+            sample.loss_weights = weights
+        minibatches.append(pack_bins(part, packing, size)[rank])
+    worker.load(minibatches)
+    worker.score()
+    totals = worker.train()
+    weights = {name: tensor.clone().numpy() for name, tensor in export_to_rank_zero(worker.model, worker.mappings)}
+    return totals and dataclasses.replace(totals, seconds={}), weights
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    from examples.tiny_models import qwen2_5_vl
+
+    path = tmp_path_factory.mktemp("models") / "tiny"
+    qwen2_5_vl(path, seed=3)
+    return path
+
+
+@pytest.fixture(scope="module")
+def one_rank(model, pool):
+    return run(model, pool, "one rank")
+
+
+def run(model, pool, layout):
+    from megarl.workers.group import merge
+
+    world_size, parallel = LAYOUTS[layout]
+    results = pool.run(train_once, world_size, model, parallel, world_size)
+    return merge([totals for totals, _ in results if totals is not None]), results[0][1]
+
+
+@pytest.mark.parametrize("layout", list(LAYOUTS)[1:])
+def test_a_step_does_not_depend_on_the_layout(model, pool, one_rank, layout):
+    expected_metrics, expected = one_rank
+    metrics, weights = run(model, pool, layout)
+    assert metrics.keys() == expected_metrics.keys()
+    for name, value in expected_metrics.items():
+        assert metrics[name] == pytest.approx(value, rel=1e-4, abs=1e-6), name
+    assert weights.keys() == expected.keys()
+    moved = max(np.abs(expected[name] - 0).max() for name in expected)
+    assert moved > 0
+    for name, tensor in expected.items():
+        # Adam divides by the gradient's size: where it is near zero, rounding alone turns the step around
+        difference = np.abs(weights[name] - tensor)
+        assert np.quantile(difference, 0.99) <= 2e-5, name
+        assert difference.max() <= 4e-3, name
+
+
+def test_reference_is_the_start_and_kl_is_zero_before_the_first_update(model, pool, one_rank):
+    metrics, _ = one_rank
+    # two optimizer steps: in the first the policy is the reference, so its share of the mean is exactly zero
+    assert 0 < metrics["actor/kl_loss"] < 1.0
+    assert metrics["actor/lr"] == pytest.approx(1e-3)
+    assert metrics["training/rollout_probs_diff_mean"] > 0
