@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import os
 import sys
+import warnings
 from pathlib import Path
 
 from megarl import __version__
@@ -97,6 +98,8 @@ def main(argv: list[str] | None = None) -> int:
     """Run a command; what has a name is told in one line, everything else keeps its traceback."""
     if os.getcwd() not in sys.path:
         sys.path.insert(0, os.getcwd())  # so that an experiment may import its neighbours, as with python -m
+    for category in (UserWarning, FutureWarning):  # libraries' notices of what is deprecated or not installed
+        warnings.filterwarnings("ignore", category=category)
     args, rest = parser().parse_known_args(argv)
     strange = [word for word in rest if word.startswith("-") or "=" not in word]
     if strange or (rest and "overrides" not in args):

@@ -68,7 +68,7 @@ def test_bounds_of_the_configuration_replace_those_of_the_preprocessor(tiny_qwen
     assert len(small.pixel_values(encoded.media)) == 16
     large = Processor(tiny_qwen, min_pixels=16 * 28 * 28)
     assert large.encode(ask(encode(noise(28, 28)))).media.grids.tolist() == [[1, 8, 8]]
-    with pytest.raises(ValueError, match="model.min_pixels=60000 is more than model.max_pixels=50176"):
+    with pytest.raises(ValueError, match=r"model.min_pixels=60000 is more than model.max_pixels=50176"):
         Processor(tiny_qwen, min_pixels=60_000)
 
 
@@ -225,7 +225,7 @@ def test_bad_images_name_the_prompt_and_the_image(processor):
 
 def test_a_bomb_is_refused_by_its_header(tiny_qwen):
     small = Processor(tiny_qwen, max_image_pixels=1000)
-    with pytest.raises(ValueError, match="image 0: 56 x 28 pixels are more than data.max_image_pixels=1000"):
+    with pytest.raises(ValueError, match=r"image 0: 56 x 28 pixels are more than data.max_image_pixels=1000"):
         small.encode(ask(encode(noise(28, 56))))
     with pytest.raises(ValueError, match="image 0 of 1: 56 x 28 pixels"):
         small.pixel_values(Media([encode(noise(28, 56))], np.array([[1, 2, 4]])))

@@ -65,5 +65,5 @@ def test_a_dataset_with_a_named_reward(tmp_path):
 
 
 def test_a_dataset_without_files():
-    with pytest.raises(ValueError, match="task 'sums' reads files and data.train_files is empty"):
+    with pytest.raises(ValueError, match=r"task 'sums' reads files and data.train_files is empty"):
         build_tasks(RunConfig(tasks={"sums": TaskConfig(path=DATASET)}))["sums"].num_prompts("train")

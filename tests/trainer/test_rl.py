@@ -1,0 +1,84 @@
+"""The whole program: Ray, SGLang, Megatron-Core, checkpoints, as a user runs it."""
+
+import json
+import threading
+import time
+
+import psutil
+import pytest
+
+from tests.trainer.commands import EXPERIMENT, metrics, run, start, wait_for_step
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return tmp_path_factory.mktemp("rl")
+
+
+def arguments(folder, name):
+    return ["train", EXPERIMENT, f"trainer.run_dir={folder / name}", f"model.path={folder / 'tiny'}"]
+
+
+@pytest.fixture(scope="module")
+def straight(folder):
+    """A run that nothing disturbs."""
+    run(folder / "straight.log", *arguments(folder, "straight"))
+    return folder / "straight"
+
+
+def test_a_run_trains_and_proves_its_weight_sync(straight):
+    rows = metrics(straight)
+    assert list(rows) == [0, 1, 2, 3, 4]
+    for step in range(1, 5):
+        row = rows[step]
+        assert row["training/rollout_logprobs_diff_mean"] < 1e-5  # the engine samples from the policy that is trained
+        assert row["sync/canary_abs_diff"] < 1e-4
+        assert row["sync/verified_tensors"] == row["sync/tensors"] > 50
+        assert row["actor/grad_norm"] > 0
+        assert row["actor/ppo_kl"] == 0  # one optimizer step a rollout: on policy
+    assert rows[1]["actor/kl_loss"] == 0  # the reference is the start
+    assert rows[4]["actor/kl_loss"] > 0
+    assert {"val-core/digits/score/mean@1"} <= rows[0].keys() & rows[4].keys()
+
+
+def test_a_run_directory_holds_what_the_readme_says(straight):
+    for name in [
+        "config.yaml",
+        "metrics.jsonl",
+        "report.html",
+        "hf/config.json",
+        "checkpoints/step_000004/manifest.json",
+    ]:
+        assert (straight / name).is_file(), name
+    assert not (straight / "checkpoints/step_000002").exists()  # checkpoint.keep=2
+    groups = [json.loads(line) for line in (straight / "rollouts/step_000004.jsonl").read_text().splitlines()]
+    assert groups
+
+
+def kill_engine_when(process, run_dir, step, killed):
+    """Kill the SGLang scheduler of ``process`` as soon as ``step`` is logged, that is during the next rollout."""
+    while step not in metrics(run_dir) and process.poll() is None:
+        time.sleep(0.05)
+    for child in psutil.Process(process.pid).children(recursive=True):
+        if "sglang::scheduler" in " ".join(child.cmdline()):
+            child.kill()
+            killed.append(child.pid)
+
+
+def test_killed_resumed_and_robbed_of_its_engine_a_run_gives_the_same_bits(folder, straight):
+    name = "killed"
+    first = start(folder / "killed.log", *arguments(folder, name))
+    wait_for_step(first, folder / name, 2, folder / "killed.log")
+    first.kill()  # SIGKILL: nothing is flushed, no actor is told
+    first.wait()
+    second = start(folder / "resumed.log", *arguments(folder, name))
+    killed: list[int] = []
+    watcher = threading.Thread(target=kill_engine_when, args=(second, folder / name, 3, killed))
+    watcher.start()
+    status = second.wait(500)
+    watcher.join()
+    text = (folder / "resumed.log").read_text()
+    assert status == 0, text[-6000:]
+    assert "resumed from" in text
+    assert killed, "the engine's scheduler was not found"
+    assert metrics(folder / name) == metrics(straight)
