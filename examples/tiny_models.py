@@ -79,7 +79,7 @@ def tokenizer() -> transformers.PreTrainedTokenizerFast:
     return fast
 
 
-def qwen2_5_vl(path: str | Path, seed: int = 0) -> None:
+def qwen2_5_vl(path: str | Path, seed: int = 0, num_hidden_layers: int = 3) -> None:
     """Write a random Qwen2.5-VL (about 0.7 M parameters) to ``path``; the directory appears whole or not at all."""
     words = tokenizer()
     ids = {token: words.convert_tokens_to_ids(token) for token in SPECIAL_TOKENS}
@@ -87,7 +87,7 @@ def qwen2_5_vl(path: str | Path, seed: int = 0) -> None:
         "vocab_size": len(words),
         "hidden_size": 128,
         "intermediate_size": 256,
-        "num_hidden_layers": 3,
+        "num_hidden_layers": num_hidden_layers,
         "num_attention_heads": 4,
         "num_key_value_heads": 2,
         "max_position_embeddings": 2048,

@@ -25,6 +25,7 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 # Imported once, in the process that the ranks are forked from.
 PRELOAD = ["megarl.parallel.groups", "megarl.models.family", "megarl.checkpoint.huggingface", "megarl.kernels.logprob"]
+START_S = 300.0  # for a rank to be ready, imports included
 GRACE_S = 3.0  # for the other ranks to fail or finish once one has failed
 
 
@@ -41,6 +42,7 @@ def _serve(rank: int, connection: Connection) -> None:
 
     torch.set_num_threads(1)
     mcore_cpu.enter()
+    connection.send_bytes(b"ready")
     while True:
         try:
             store, world_size, timeout, job = pickle.loads(connection.recv_bytes())
@@ -124,12 +126,18 @@ class Pool:
         self._ranks = []
 
     def _start(self, world_size: int) -> None:
+        already = len(self._ranks)
         while len(self._ranks) < world_size:
             ours, theirs = self._context.Pipe()
             process = self._context.Process(target=_serve, args=(len(self._ranks), theirs))
             process.start()
             theirs.close()
             self._ranks.append((process, ours))
+        for rank in range(already, world_size):
+            connection = self._ranks[rank][1]
+            if not connection.poll(START_S):
+                raise RankError(f"rank {rank} was not ready within {START_S} s")
+            connection.recv_bytes()
 
     def _exit_code(self, rank: int) -> int | None:
         process = self._ranks[rank][0]

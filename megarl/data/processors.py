@@ -50,9 +50,7 @@ class Processor:
         self.config = AutoConfig.from_pretrained(self.hf_dir)
         if self.config.model_type not in _MODEL_TYPES:
             known = ", ".join(_MODEL_TYPES)
-            raise ValueError(
-                f"{self.hf_dir}: no processor for model_type {self.config.model_type!r}, only for {known}"
-            )
+            raise ValueError(f"{self.hf_dir}: no processor for model_type {self.config.model_type!r}, only for {known}")
         self.tokenizer = AutoTokenizer.from_pretrained(self.hf_dir)
         template = self.hf_dir / "chat_template.json"  # where older checkpoints keep the template of their processor
         if template.is_file():

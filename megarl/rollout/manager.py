@@ -246,7 +246,7 @@ class _Rollout:
 def death_cause(error: Exception) -> str:
     """Why an engine is dead, in one line; an ``error`` that does not mean an engine's death is raised again."""
     if isinstance(error, RayActorError):
-        return " ".join(str(error).split())
+        return " ".join(str(error).split()).partition(" Some common causes")[0]  # Ray's guesses take a page
     if isinstance(error, GetTimeoutError):
         return "no answer in time"
     if isinstance(error, RayTaskError) and isinstance(error.cause, EngineDied):

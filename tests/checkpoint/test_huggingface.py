@@ -92,12 +92,12 @@ def test_write_refuses_a_name_twice(tmp_path):
 def test_reader_refuses_what_is_not_a_model(tmp_path):
     with pytest.raises(CheckpointError, match="nowhere: no such directory"):
         HFReader(tmp_path / "nowhere")
-    with pytest.raises(CheckpointError, match="not a Hugging Face model directory: it has no config.json"):
+    with pytest.raises(CheckpointError, match=r"not a Hugging Face model directory: it has no config\.json"):
         read_config(tmp_path)
-    with pytest.raises(CheckpointError, match="no .safetensors file"):
+    with pytest.raises(CheckpointError, match=r"no \.safetensors file"):
         HFReader(tmp_path)
     (tmp_path / "model.safetensors").write_bytes(b"not safetensors")
-    with pytest.raises(CheckpointError, match="model.safetensors: not a readable safetensors file"):
+    with pytest.raises(CheckpointError, match=r"model\.safetensors: not a readable safetensors file"):
         HFReader(tmp_path)
 
 
@@ -105,7 +105,7 @@ def test_reader_names_the_keys_of_a_missing_file(tmp_path):
     directory = source_directory(tmp_path / "m", {"a.safetensors": {"x": torch.ones(1)}})
     index = {"weight_map": {"x": "a.safetensors", "y": "b.safetensors", "z": "b.safetensors"}}
     (directory / INDEX_FILE).write_text(json.dumps(index))
-    with pytest.raises(CheckpointError, match="missing files b.safetensors with the keys y, z"):
+    with pytest.raises(CheckpointError, match=r"missing files b\.safetensors with the keys y, z"):
         HFReader(directory)
     save_file({"y": torch.ones(1)}, directory / "b.safetensors")
     with pytest.raises(CheckpointError, match="promises keys that no file holds: z"):

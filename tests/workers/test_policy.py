@@ -99,7 +99,7 @@ def model(tmp_path_factory):
     from examples.tiny_models import qwen2_5_vl
 
     path = tmp_path_factory.mktemp("models") / "tiny"
-    qwen2_5_vl(path, seed=3)
+    qwen2_5_vl(path, seed=3, num_hidden_layers=4)
     return path
 
 
@@ -124,8 +124,6 @@ def test_a_step_does_not_depend_on_the_layout(model, pool, one_rank, layout):
     for name, value in expected_metrics.items():
         assert metrics[name] == pytest.approx(value, rel=1e-4, abs=1e-6), name
     assert weights.keys() == expected.keys()
-    moved = max(np.abs(expected[name] - 0).max() for name in expected)
-    assert moved > 0
     for name, tensor in expected.items():
         # Adam divides by the gradient's size: where it is near zero, rounding alone turns the step around
         difference = np.abs(weights[name] - tensor)
