@@ -53,9 +53,9 @@ def _report(args: argparse.Namespace) -> int:
 
 
 def _doctor(args: argparse.Namespace) -> int:
-    from megarl.launch.doctor import main
+    from megarl.launch import doctor
 
-    return main()
+    return doctor.run()
 
 
 def parser() -> argparse.ArgumentParser:

@@ -20,7 +20,9 @@ class Media:
     """The images of one or more sequences, in the order of their placeholders, encoded as they were read."""
 
     images: list[bytes] = field(default_factory=list)  # I encoded images (PNG, JPEG, ...)
-    grids: np.ndarray = field(default_factory=lambda: np.zeros((0, 3), np.int64))  # [I, 3] (time, height, width) in patches
+    grids: np.ndarray = field(
+        default_factory=lambda: np.zeros((0, 3), np.int64)
+    )  # [I, 3] (time, height, width) in patches
 
     def __post_init__(self) -> None:
         if len(self.images) != len(self.grids):

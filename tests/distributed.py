@@ -8,9 +8,11 @@ Ranks are processes that live as long as the session, so a case costs no imports
 
 from __future__ import annotations
 
+import contextlib
 import multiprocessing
 import os
 import pickle
+import signal
 import tempfile
 import time
 import traceback
@@ -40,6 +42,7 @@ def _serve(rank: int, connection: Connection) -> None:
 
     from megarl.parallel import groups, mcore_cpu
 
+    os.setpgid(0, 0)  # so that what a case starts (mcore's checkpoint writers) ends with its rank
     torch.set_num_threads(1)
     mcore_cpu.enter()
     connection.send_bytes(b"ready")
@@ -119,9 +122,12 @@ class Pool:
 
     def close(self) -> None:
         """End every rank; the next case starts them again."""
-        for process, connection in self._ranks:
-            connection.close()
-            process.kill()
+        for _, connection in self._ranks:
+            connection.close()  # an idle rank leaves by itself
+        for process, _ in self._ranks:
+            process.join(timeout=GRACE_S)
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
             process.join()
         self._ranks = []
 

@@ -21,7 +21,8 @@ LAYERS = [
     ["weight_sync"],
     ["workers", "rollout"],
     ["eval"],
-    ["trainer", "launch"],
+    ["trainer"],
+    ["launch"],
     ["cli", "__main__"],
 ]
 RANK = {name: rank for rank, names in enumerate(LAYERS) for name in names}

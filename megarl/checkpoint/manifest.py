@@ -7,6 +7,7 @@ schedule), ``rng/rank_00000.pt``, ``extra.json``, ``config.yaml``, ``hf/`` (conf
 
 from __future__ import annotations
 
+import hashlib
 import json
 import logging
 import os
@@ -16,7 +17,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from megarl.checkpoint.huggingface import CheckpointError, listed
+from megarl.checkpoint.huggingface import CheckpointError
 
 MANIFEST_FILE = "manifest.json"
 FORMAT = 1
@@ -37,6 +38,7 @@ class Manifest:
     architecture: str  # Hugging Face class
     versions: dict[str, str]
     files: dict[str, int] = field(default_factory=dict)  # path in the checkpoint -> bytes
+    sha256: dict[str, str] = field(default_factory=dict)  # of the same files
     format: int = FORMAT
 
 
@@ -60,10 +62,18 @@ def write_atomically(path: Path, text: str) -> None:
         os.close(directory)
 
 
+def file_sha256(path: Path) -> str:
+    """Of the content of a file."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
 def write_manifest(path: Path, manifest: Manifest) -> None:
-    """Declare the checkpoint at ``path`` complete, with the files that are there now."""
+    """Declare the checkpoint at ``path`` complete, with the files that are there now; known hashes stay."""
     files = sorted(file for file in path.rglob("*") if file.is_file() and file.name != MANIFEST_FILE)
-    manifest.files = {file.relative_to(path).as_posix(): file.stat().st_size for file in files}
+    names = {file.relative_to(path).as_posix(): file for file in files}
+    manifest.files = {name: file.stat().st_size for name, file in names.items()}
+    manifest.sha256 = {name: manifest.sha256.get(name) or file_sha256(file) for name, file in names.items()}
     write_atomically(path / MANIFEST_FILE, json.dumps(asdict(manifest), indent=2) + "\n")
 
 
@@ -83,17 +93,18 @@ def read_manifest(path: str | Path) -> Manifest:
     return manifest
 
 
-def verify_files(path: Path, manifest: Manifest) -> None:
-    """Raise ``CheckpointError`` that names every file that is missing or has another size than when it was saved."""
+def damaged_files(path: Path, manifest: Manifest, *, part: int = 0, num_parts: int = 1) -> list[str]:
+    """What is wrong with the files: missing, of another size or, for every ``num_parts``-th from ``part``, content."""
     problems = []
-    for name, size in manifest.files.items():
+    for i, (name, size) in enumerate(manifest.files.items()):
         file = path / name
         if not file.is_file():
             problems.append(f"{name} is missing")
         elif file.stat().st_size != size:
             problems.append(f"{name} has {file.stat().st_size} bytes, not {size}")
-    if problems:
-        raise CheckpointError(f"{path}: damaged checkpoint: {listed(problems)}")
+        elif i % num_parts == part and file_sha256(file) != manifest.sha256[name]:
+            problems.append(f"{name} has other content than when it was saved")
+    return problems
 
 
 def _by_step(directory: str | Path) -> list[tuple[int, Path]]:

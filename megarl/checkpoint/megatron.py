@@ -12,7 +12,7 @@ import logging
 import platform
 import random
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import asdict
 from importlib.metadata import version
 from pathlib import Path
@@ -40,12 +40,13 @@ from megarl.checkpoint.huggingface import CheckpointError, copy_auxiliary_files,
 from megarl.checkpoint.manifest import (
     MANIFEST_FILE,
     Manifest,
+    damaged_files,
     discard,
+    file_sha256,
     latest,
     prune,
     read_manifest,
     step_directory,
-    verify_files,
     write_manifest,
 )
 from megarl.checkpoint.optimizer_state import OPTIMIZER_FORMAT, padded_buckets
@@ -220,13 +221,16 @@ def save_to(
 
     def work() -> None:
         try:
-            results = strategy.writer.write()
+            report = writer.Report(results=strategy.writer.write())
+            files = [path / "state" / strategy.writer.file] if report.results else []
             if "rng" in contents:
-                torch.save(rng, path / "rng" / f"rank_{rank:05d}.pt")
+                files.append(path / "rng" / f"rank_{rank:05d}.pt")
+                torch.save(rng, files[-1])
+            report.sha256 = {file.relative_to(path).as_posix(): file_sha256(file) for file in files}
         except Exception as error:
-            writer.report(path, rank, results=[], error=f"{type(error).__name__}: {error}")
+            writer.write_report(path, rank, writer.Report(error=f"{type(error).__name__}: {error}"))
             raise
-        writer.report(path, rank, results=results)
+        writer.write_report(path, rank, report)
         if rank == 0:
             _complete(path, strategy, manifest, texts, source)
         else:
@@ -245,7 +249,10 @@ def _complete(
         copy_auxiliary_files(source, path / "hf")
         for name, text in texts.items():
             writer.write_atomically(path / name, text)
-        writer.write_index(path / "state", strategy, writer.await_reports(path, manifest.world_size))
+        reports = writer.await_reports(path, manifest.world_size)
+        writer.write_index(path / "state", strategy, reports)
+        for report in reports:
+            manifest.sha256 |= report.sha256
         discard(path / writer.REPORTS)
         write_manifest(path, manifest)
     except Exception as error:
@@ -256,6 +263,13 @@ def _complete(
 def read_index(path: str | Path) -> Metadata:
     """The names, shapes and dtypes of the tensors of a checkpoint."""
     return FileSystemReader(Path(path) / "state").read_metadata()
+
+
+def _on_any_rank(names: Iterable[str]) -> list[str]:
+    """The names of all ranks, each once; every rank of the world calls it."""
+    gathered: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(gathered, list(names))
+    return list(dict.fromkeys(name for theirs in gathered for name in theirs))
 
 
 def _check_tensors(path: Path, state: dict[str, Any]) -> None:
@@ -271,10 +285,7 @@ def _check_tensors(path: Path, state: dict[str, Any]) -> None:
         elif tuple(stored[item.key].size) != tuple(item.global_shape):
             ours, theirs = list(item.global_shape), list(stored[item.key].size)
             problems.append(f"wrong shape: {item.key} is {theirs} in the checkpoint and {ours} in the model")
-    gathered: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(gathered, (problems, requested))
-    problems = list(dict.fromkeys(problem for theirs, _ in gathered for problem in theirs))
-    requested = set().union(*(theirs for _, theirs in gathered))
+    problems, requested = _on_any_rank(problems), set(_on_any_rank(requested))
     weights = {key for key, entry in stored.items() if hasattr(entry, "size") and not key.startswith(OPTIMIZER_PREFIX)}
     problems += [f"unknown: {key} is in the checkpoint and not in the model" for key in sorted(weights - requested)]
     if problems:
@@ -295,7 +306,9 @@ def load(
     """
     path = Path(path)
     manifest = read_manifest(path)
-    verify_files(path, manifest)
+    problems = damaged_files(path, manifest, part=dist.get_rank(), num_parts=dist.get_world_size())
+    if problems := _on_any_rank(problems):
+        raise CheckpointError(f"{path}: damaged checkpoint: {listed(problems)}")
     for name, part in (("optimizer", optimizer), ("scheduler", scheduler)):
         if part is not None and name not in manifest.contents:
             raise CheckpointError(f"{path} holds no {name}, only {', '.join(manifest.contents)}: load it without")

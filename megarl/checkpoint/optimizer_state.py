@@ -18,6 +18,8 @@ from megatron.core.optimizer import ChainedOptimizer, MegatronOptimizer
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from torch import Tensor
 
+from megarl.checkpoint.huggingface import CheckpointError
+
 KEYS = ("param", "exp_avg", "exp_avg_sq")
 
 # the only optimizer format of mcore 0.16 that loads at another layout and for float32 parameters, gathered on the first
@@ -55,6 +57,8 @@ def _parameter_state(
         for bucket, ranges in zip(buffer.buckets, [] if empty_data else buckets, strict=not empty_data):
             size = bucket.grad_data.numel()
             shards = {key: torch.zeros(size // group.size(), device=bucket.grad_data.device) for key in KEYS}
+            if ranges["param_map"] and not optimizer.optimizer.state:
+                raise CheckpointError("the optimizer has no state yet: save after its first step, or without it")
             for parameter, where in ranges["param_map"].items():
                 tensors = optimizer._get_main_param_and_optimizer_states(parameter)
                 for key in KEYS:

@@ -11,6 +11,7 @@ from __future__ import annotations
 import json
 import os
 import time
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -51,7 +52,7 @@ class SnapshotWriter(FileSystemWriter):
 
     def prepare_write_data(self, plan: SavePlan, planner: SavePlanner) -> None:
         """Resolve the planned items, copied to host memory if training may go on (mcore calls it after planning)."""
-        self._file = f"{plan.storage_data.prefix}0.distcp"
+        self.file = f"{plan.storage_data.prefix}0.distcp"
         self._items = []
         for item in plan.items:
             data = planner.resolve_data(item)
@@ -64,13 +65,13 @@ class SnapshotWriter(FileSystemWriter):
         """Write the items, freeing each; where each lies in the file."""
         results = []
         if self._items:
-            with open(Path(self.path) / self._file, "wb") as stream:
+            with open(Path(self.path) / self.file, "wb") as stream:
                 while self._items:
                     item, data = self._items.pop()
                     if isinstance(data, torch.Tensor) and data.untyped_storage().nbytes() != data.nbytes:
                         data = data.clone(memory_format=torch.contiguous_format)  # torch.save writes whole storages
                     results.append(
-                        _write_item(self.transforms, stream, data, item, self._file, self.serialization_format)
+                        _write_item(self.transforms, stream, data, item, self.file, self.serialization_format)
                     )
                 stream.flush()
                 os.fsync(stream.fileno())
@@ -110,30 +111,45 @@ def _result_from_json(row: list[Any]) -> WriteResult:
     return WriteResult(index=key, size_in_bytes=size, storage_data=_StorageInfo(file, start, length))
 
 
-def report(path: Path, rank: int, *, results: list[WriteResult], error: str = "") -> None:
-    """Tell rank 0 where this rank's tensors lie, or that it failed."""
-    content = {"error": error, "results": [_result_to_json(result) for result in results]}
-    write_atomically(path / REPORTS / f"rank_{rank:05d}.json", json.dumps(content))
+@dataclass
+class Report:
+    """What one rank tells rank 0: where its tensors lie and the hashes of its files, or why it failed."""
+
+    results: list[WriteResult] = field(default_factory=list)
+    sha256: dict[str, str] = field(default_factory=dict)  # path in the checkpoint -> hash
+    error: str = ""
 
 
-def await_reports(path: Path, world_size: int) -> list[list[WriteResult]]:
+def _report_file(path: Path, rank: int) -> Path:
+    return path / REPORTS / f"rank_{rank:05d}.json"
+
+
+def write_report(path: Path, rank: int, report: Report) -> None:
+    """Tell rank 0 that this rank is done."""
+    content = {"error": report.error, "sha256": report.sha256}
+    content["results"] = [_result_to_json(result) for result in report.results]
+    write_atomically(_report_file(path, rank), json.dumps(content))
+
+
+def await_reports(path: Path, world_size: int) -> list[Report]:
     """On rank 0: what every rank wrote. ``CheckpointError`` names the ranks that failed or did not answer."""
-    waiting = {rank: path / REPORTS / f"rank_{rank:05d}.json" for rank in range(world_size)}
-    contents: dict[int, dict[str, Any]] = {}
+    waiting = set(range(world_size))
+    reports: dict[int, Report] = {}
     deadline = time.monotonic() + TIMEOUT_S
     while waiting:
-        for rank, file in list(waiting.items()):
-            if file.is_file():
-                contents[rank] = json.loads(file.read_text())
-                del waiting[rank]
+        for rank in [rank for rank in waiting if _report_file(path, rank).is_file()]:
+            content = json.loads(_report_file(path, rank).read_text())
+            content["results"] = [_result_from_json(row) for row in content["results"]]
+            reports[rank] = Report(**content)
+            waiting.remove(rank)
         if waiting and time.monotonic() > deadline:
             raise CheckpointError(f"{path}: ranks {sorted(waiting)} did not finish writing in {TIMEOUT_S:.0f} s")
         if waiting:
             time.sleep(_POLL_S)
-    errors = [f"rank {rank}: {content['error']}" for rank, content in contents.items() if content["error"]]
+    errors = [f"rank {rank}: {report.error}" for rank, report in sorted(reports.items()) if report.error]
     if errors:
         raise CheckpointError(f"{path}: {'; '.join(errors)}")
-    return [[_result_from_json(row) for row in contents[rank]["results"]] for rank in range(world_size)]
+    return [reports[rank] for rank in range(world_size)]
 
 
 def await_file(path: Path, file: Path) -> None:
@@ -147,8 +163,8 @@ def await_file(path: Path, file: Path) -> None:
         time.sleep(_POLL_S)
 
 
-def write_index(state: Path, strategy: SnapshotStrategy, results: list[list[WriteResult]]) -> None:
+def write_index(state: Path, strategy: SnapshotStrategy, reports: list[Report]) -> None:
     """On rank 0: the index of the tensors and mcore's own mark of a readable checkpoint."""
     assert strategy.metadata is not None
-    strategy.writer.finish(strategy.metadata, results)
+    strategy.writer.finish(strategy.metadata, [report.results for report in reports])
     save_config(CheckpointingConfig(BACKEND, VERSION), str(state))

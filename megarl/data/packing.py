@@ -113,8 +113,8 @@ def assign_to_bins(samples: Sequence[Sample], packing: Packing, data_parallel_si
     for sample, length in zip(samples, lengths, strict=True):
         if length > packing.max_tokens or sample.media.num_patches > packing.max_patches:
             raise ValueError(
-                f"{sample.prompt.id}: {length} tokens and {sample.media.num_patches} patches do not fit a microbatch of "
-                f"trainer.max_tokens_per_microbatch={packing.max_tokens} and "
+                f"{sample.prompt.id}: {length} tokens and {sample.media.num_patches} patches do not fit a "
+                f"microbatch of trainer.max_tokens_per_microbatch={packing.max_tokens} and "
                 f"trainer.max_patches_per_microbatch={packing.max_patches}"
             )
     order = sorted(range(len(samples)), key=lambda i: (samples[i].group_id, i))

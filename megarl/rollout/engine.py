@@ -14,6 +14,7 @@ import os
 import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -91,6 +92,8 @@ def server_arguments(config: RunConfig, hf_dir: str, index: int) -> dict[str, An
         "weight_version": "0",
         "log_level": "error",
     }
+    if not any(Path(hf_dir).glob("*.safetensors")):
+        arguments["load_format"] = "dummy"  # a resumed run's: the trainer sends the weights before the first rollout
     deterministic = config.debug.deterministic
     if deterministic:
         arguments |= {"disable_radix_cache": True, "schedule_policy": "fcfs"}

@@ -136,9 +136,10 @@ def write_and_die(reference: Reference, directory: str, victim: int) -> None:
     import torch.distributed as dist
 
     from megarl.checkpoint import megatron, writer
-    from tests.checkpoint.training import build, run_config
+    from tests.checkpoint.training import build, run_config, step
 
     t = build(run_config(reference.directory, (2, 1)))
+    step(t, reference)
 
     class Deadly(writer.SnapshotWriter):
         def write(self):
@@ -168,9 +169,10 @@ def fail_on_a_rank(reference: Reference, directory: str) -> tuple[str, bool]:
     import torch.distributed as dist
 
     from megarl.checkpoint import megatron, writer
-    from tests.checkpoint.training import build, run_config
+    from tests.checkpoint.training import build, run_config, step
 
     t = build(run_config(reference.directory, (2, 1)))
+    step(t, reference)
 
     class Full(writer.SnapshotWriter):
         def write(self):
@@ -222,7 +224,7 @@ def test_damage_is_named(pool, references, tmp_path):
         return message
 
     def flip(copy: Path) -> None:
-        """One bit of the largest tensor's bytes."""
+        """One bit among the tensors."""
         file = copy / "state" / "__0_0.distcp"
         content = bytearray(file.read_bytes())
         content[len(content) // 2] ^= 1
@@ -232,7 +234,7 @@ def test_damage_is_named(pool, references, tmp_path):
     assert "state/__0_0.distcp is missing" in error(lambda copy: (copy / "state" / "__0_0.distcp").unlink())
     assert "common.pt has 3 bytes, not" in error(lambda copy: (copy / "state" / "common.pt").write_bytes(b"abc"))
     assert "it has no manifest.json" in error(lambda copy: (copy / MANIFEST_FILE).unlink())
-    assert "the tensors cannot be read" in error(flip)
+    assert "state/__0_0.distcp has other content than when it was saved" in error(flip)
     other = error(lambda copy: None, reference=untied, with_optimizer=False)
     assert "missing: language_model.output_layer.weight" in other
     assert "wrong shape: language_model.decoder.final_layernorm.weight is [32] in the checkpoint and [64]" in other
