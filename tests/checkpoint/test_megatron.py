@@ -21,7 +21,7 @@ from tests.models.tiny_qwen_vl import Reference
 CASES = {
     "tp2_dp2_overlap": (4, (2, 1), {"overlap": True}, {}, {}),
     "tp2_pp2": (4, (2, 2), {}, {}, {}),
-    "pp2_dp2_overlap_bf16": (4, (1, 2), {"overlap": True}, {"dtype": "bfloat16"}, {}),
+    "pp2_dp2_bf16": (4, (1, 2), {}, {"dtype": "bfloat16"}, {}),
     "tp2_whole_optimizer": (2, (2, 1), {}, {}, {"use_distributed_optimizer": False}),
     "pp2_frozen_decoder": (2, (1, 2), {}, {"freeze": ["decoder"]}, {}),
 }

@@ -1,0 +1,180 @@
+"""Converters: bit for bit there and back, honest certificates, and refusals in one line."""
+
+from __future__ import annotations
+
+import json
+import runpy
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from megarl.checkpoint.huggingface import HFReader
+from megarl.checkpoint.manifest import read_manifest
+from megarl.utils.checksum import tensor_checksum
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+@pytest.fixture(scope="module")
+def converted(tmp_path_factory):
+    """A bfloat16 model, its Megatron checkpoint for tp2 pp2, and the files written back from that."""
+    from megarl.checkpoint.convert import hf_to_megatron, megatron_to_hf
+    from tests.checkpoint.training import tiny
+
+    root = tmp_path_factory.mktemp("converted")
+    tiny("gqa4_untied", root / "hf", torch.bfloat16)
+    layout = ["parallel.tensor_model_parallel_size=2", "parallel.pipeline_model_parallel_size=2"]
+    there = hf_to_megatron(root / "hf", root / "megatron", layout)
+    back = megatron_to_hf(root / "megatron", root / "back")
+    return root, there, back
+
+
+def checksums(directory) -> dict[str, str]:
+    reader = HFReader(directory)
+    return {name: tensor_checksum(reader[name]) for name in reader.keys()}  # noqa: SIM118
+
+
+def test_there_and_back_is_bit_exact(converted):
+    root, there, back = converted
+    assert checksums(root / "back") == checksums(root / "hf")
+    assert (root / "back" / "config.json").read_text() == (root / "hf" / "config.json").read_text()
+    for report in (there, back):
+        assert report["bit_exact"]
+        assert report["max_abs_diff"] == 0.0
+        assert report["keys"] == {
+            "huggingface": 69,
+            "compared": 69,
+            "tied_duplicates": {},
+            "unaccounted": [],
+            "missing": [],
+        }
+        assert report["logits"]["max_abs_diff"] < 1e-5
+        assert report["logits"]["largest_logit"] > 1
+    entry = json.loads((root / "megatron" / "parity.json").read_text())["tensors"]["model.norm.weight"]
+    assert entry["dtype"] == "bfloat16"
+    assert entry["sha256"] == entry["sha256_round_trip"]
+
+
+def test_manifest_records_the_layout_that_was_asked_for(converted):
+    manifest = read_manifest(converted[0] / "megatron")
+    assert manifest.parallel["tensor_model_parallel_size"] == 2
+    assert manifest.parallel["pipeline_model_parallel_size"] == 2
+    assert (manifest.step, manifest.contents, manifest.dtype) == (0, ["model"], "bfloat16")
+
+
+def load_and_export(directory: str, path: str, layout: tuple[int, int]) -> dict[str, str]:
+    from megarl.checkpoint import megatron
+    from megarl.checkpoint.export import export_to_rank_zero
+    from tests.checkpoint.training import build_model, run_config
+
+    model, mappings = build_model(run_config(directory, layout, dtype="bfloat16"), weights=False)
+    assert megatron.load(path, model) == {"step": 0}
+    return {name: tensor_checksum(tensor) for name, tensor in export_to_rank_zero(model, mappings)}
+
+
+@pytest.mark.parametrize(("world_size", "layout"), [(1, (1, 1)), (4, (2, 2))])
+def test_result_loads_at_any_layout(pool, converted, world_size, layout):
+    root = converted[0]
+    results = pool.run(load_and_export, world_size, str(root / "hf"), str(root / "megatron"), layout)
+    assert results[0] == checksums(root / "hf")
+
+
+def test_certificate_tells_of_a_difference(converted, tmp_path):
+    from megarl.checkpoint.convert import hf_to_megatron
+
+    root = converted[0]
+    tensors = {name: tensor.float() for name, tensor in load_file(root / "hf" / "model.safetensors").items()}
+    tensors["model.norm.weight"][0] = 1.0 + 2**-12  # not a bfloat16
+    shutil.copytree(root / "hf", tmp_path / "hf")
+    save_file(tensors, tmp_path / "hf" / "model.safetensors")
+    report = hf_to_megatron(tmp_path / "hf", tmp_path / "megatron", ["model.dtype=bfloat16"])
+    assert not report["bit_exact"]
+    assert report["max_abs_diff"] == 2**-12
+    entry = report["tensors"]["model.norm.weight"]
+    assert entry["sha256"] != entry["sha256_round_trip"]
+
+
+def test_rounding_on_the_way_back_is_not_called_exact(tmp_path):
+    from megarl.checkpoint.convert import hf_to_megatron, megatron_to_hf
+    from tests.checkpoint.training import tiny
+
+    tiny("gqa2_tied", tmp_path / "hf")
+    assert hf_to_megatron(tmp_path / "hf", tmp_path / "megatron")["bit_exact"]
+    report = megatron_to_hf(tmp_path / "megatron", tmp_path / "back", dtype="bfloat16")
+    assert not report["bit_exact"]
+    assert 0 < report["max_abs_diff"] < 2**-7
+    assert HFReader(tmp_path / "back").dtypes() == {torch.bfloat16}
+    assert json.loads((tmp_path / "back" / "config.json").read_text())["dtype"] == "bfloat16"
+
+
+def run_tool(name: str, *arguments: object) -> int:
+    argv, sys.argv = sys.argv, [name, *map(str, arguments)]
+    try:
+        runpy.run_path(str(ROOT / "tools" / "convert" / name), run_name="__main__")
+    except SystemExit as end:
+        return int(end.code or 0)
+    finally:
+        sys.argv = argv
+    return 0
+
+
+def test_tools_refuse_in_one_line(converted, tmp_path, capsys):
+    root = converted[0]
+    empty, partial = tmp_path / "empty", tmp_path / "partial"
+    empty.mkdir()
+    shutil.copytree(root / "hf", partial)
+    tensors = load_file(partial / "model.safetensors")
+    del tensors["model.layers.0.mlp.up_proj.weight"], tensors["visual.merger.ln_q.weight"]
+    save_file(tensors, partial / "model.safetensors")
+    out = tmp_path / "out"
+    convert, back = "hf_to_megatron.py", "megatron_to_hf.py"
+    impossible = "parallel.tensor_model_parallel_size=4"
+    cases = [
+        (convert, (tmp_path / "none", out), "none: no such directory"),
+        (convert, (empty, out), "not a Hugging Face model directory"),
+        (convert, (partial, out), "missing keys: model.layers.0.mlp.up_proj.weight, visual.merger.ln_q.weight"),
+        (convert, (root / "hf", root / "back"), "exists and is not an empty directory"),
+        (convert, (root / "hf", out, impossible), "cannot be divided by parallel.tensor_model_parallel_size=4"),
+        (convert, (root / "hf", out, "parallel.tensor_parallel_size=2"), "did you mean"),
+        (convert, (root / "hf", out, "optimizer.lr=1"), "parallel.* and model.* keys only"),
+        (back, (empty, out), "not a complete checkpoint: it has no manifest.json"),
+        (back, (root / "megatron", root / "hf"), "exists and is not an empty directory"),
+        ("inspect_checkpoint.py", (empty,), "not a Hugging Face model directory"),
+    ]
+    for tool, arguments, message in cases:
+        assert run_tool(tool, *arguments) == 2, message
+        error = capsys.readouterr().err
+        assert message in error
+        assert "Traceback" not in error
+    assert not out.exists()
+
+
+def test_inspect_prints_both_kinds(converted, capsys):
+    root = converted[0]
+    assert run_tool("inspect_checkpoint.py", root / "megatron") == 0
+    lines = capsys.readouterr().out
+    assert "step          0" in lines
+    assert "tensor_model_parallel_size=2, pipeline_model_parallel_size=2" in lines
+    assert "language_model.embedding.word_embeddings.weight  256x64  bfloat16" in lines
+    assert run_tool("inspect_checkpoint.py", root / "hf") == 0
+    lines = capsys.readouterr().out
+    assert "architecture  Qwen2_5_VLForConditionalGeneration" in lines
+    assert "model.embed_tokens.weight  200x64  bfloat16" in lines
+    assert "69 tensors" in lines
+
+
+def test_tool_runs_as_a_program(converted, tmp_path):
+    """In a process of its own: the save needs no process group, main guard or spare port of the caller."""
+    root = converted[0]
+    command = [sys.executable, "-W", "ignore", ROOT / "tools/convert/hf_to_megatron.py", root / "hf", tmp_path / "out"]
+    result = subprocess.run(
+        command, env={"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}, capture_output=True, text=True, check=True
+    )
+    assert "69 of 69 tensors compared" in result.stdout
+    assert "round trip bit for bit: True" in result.stdout
+    assert read_manifest(tmp_path / "out").step == 0
