@@ -19,7 +19,6 @@ from megarl.types import Sample
 from megarl.workers.group import WorkerGroup
 
 ROWS_AT_A_TIME = 256
-COLUMNS = DataConfig(target_key="response")
 
 
 def score_file(config: RunConfig, checkpoint: Path, data: Path, out: Path, *, temperature: float, ban: bool) -> int:
@@ -59,11 +58,12 @@ def score_file(config: RunConfig, checkpoint: Path, data: Path, out: Path, *, te
 
 def to_sample(row: Row, processor: Processor) -> Sample:
     """The row's response as a trajectory: its words and the end of the response, or its ids as they are."""
-    prompt = row.prompt(row.where, "score", COLUMNS)
-    encoded = processor.encode(prompt)
-    if (prompt.target is None) == ("response_ids" not in row.values):
+    given = [key for key in ("response", "response_ids") if key in row.values]
+    if len(given) != 1:
         raise ValueError(f"{row.where}: a row has either a response or response_ids")
-    ids = row.values["response_ids"] if prompt.target is None else processor.encode_response(prompt.target)
+    prompt = row.prompt(row.where, "score", DataConfig(target_key=given[0]))
+    encoded = processor.encode(prompt)
+    ids = prompt.target if given == ["response_ids"] else processor.encode_response(prompt.target)
     vocab_size = len(processor.tokenizer)
     if not len(ids) or not all(isinstance(i, int | np.integer) and 0 <= i < vocab_size for i in ids):
         raise ValueError(f"{row.where}: response_ids must be a list of ids from 0 to {vocab_size - 1}, at least one")

@@ -25,6 +25,7 @@ from multiprocessing.connection import Connection
 from megarl.config import RewardConfig
 from megarl.rewards.worker import Call, Reply, RewardFunction
 from megarl.types import Prompt
+from megarl.utils.errors import RunFailure
 
 __all__ = ["RewardError", "RewardFunction", "RewardRunner", "Score"]
 
@@ -34,7 +35,7 @@ _MAX_BATCH = 64  # asynchronous calls that one process runs together
 _MAX_QUEUE = 16  # synchronous calls that are sent to one process at a time
 
 
-class RewardError(RuntimeError):
+class RewardError(RunFailure):
     """A reward that raised, hung, crashed its process or returned no number."""
 
     def __init__(self, task: str, prompt_id: str, function: str, problem: str, trace: str = "") -> None:

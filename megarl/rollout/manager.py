@@ -20,6 +20,7 @@ from megarl.config import RunConfig
 from megarl.data.processors import Processor
 from megarl.rollout.engine import Batch, EngineActor, EngineDied, Request, Response, engine_environment
 from megarl.types import EncodedPrompt, Media, Sample
+from megarl.utils.errors import RunFailure
 
 logger = logging.getLogger(__name__)
 
@@ -28,7 +29,7 @@ _MAX_CALLS = 1 << 20  # of one engine at a time; SGLang queues them itself
 _POLL_S = 1.0  # longest wait before the engines' deadlines are looked at
 
 
-class EngineError(RuntimeError):
+class EngineError(RunFailure):
     """An engine died and may not be restarted."""
 
 

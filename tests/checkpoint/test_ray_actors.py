@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 
+import pytest
 import ray
 
 from megarl.checkpoint.manifest import latest, read_manifest
@@ -49,12 +49,12 @@ class Rank:
         return step(t, reference, noisy=True), fingerprint(t)
 
 
+@pytest.mark.slow
 def test_two_actors_save_and_resume(tmp_path):
     from tests.checkpoint.training import tiny
 
     reference = tiny("gqa2_tied", tmp_path / "hf")
     environment = {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "RAY_USAGE_STATS_ENABLED": "0"}
-    os.environ["RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO"] = "0"
     ray.init(num_cpus=2, include_dashboard=False, runtime_env={"env_vars": environment}, log_to_driver=False)
     try:
         actors = [ray.remote(Rank).options(num_cpus=0).remote(rank, str(tmp_path)) for rank in range(2)]

@@ -97,7 +97,7 @@ def test_score_equals_hugging_face(folder, stopped):
     ],
 )
 def test_a_mistake_is_one_line(folder, tmp_path, change, message):
-    more = ["model.factory="] if change.startswith("model") else []
+    more = ["model.factory=''"] if change.startswith("model") else []
     text = run(tmp_path / "log", *arguments(folder, tmp_path / "run", change, *more), status=2)
     last = text.strip().splitlines()[-1]
     assert last.startswith("megarl: ")
