@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from concurrent.futures import Future
 
 from megarl.rewards.runner import RewardRunner, Score
 from megarl.rollout.manager import RolloutManager
 from megarl.types import EncodedPrompt, Sample
+
+Progress = Callable[[int, int], None]  # finished prompts, all prompts
 
 SEED_STRIDE = 1 << 32  # between the seeds of two runs; steps count up from a run's, evaluations down
 
@@ -20,6 +23,7 @@ def generate_rewarded(
     temperature: float,
     max_new_tokens: int,
     step_seed: int,
+    progress: Progress | None = None,
 ) -> tuple[list[Sample], int]:
     """``group_size`` samples of each prompt with their rewards, and how many were dropped for want of one.
 
@@ -37,6 +41,7 @@ def generate_rewarded(
         max_new_tokens=max_new_tokens,
         step_seed=step_seed,
         on_samples=submit,
+        progress=progress,
     )
     scores = rewards.gather(pending[id(sample)] for sample in samples)
     kept = []

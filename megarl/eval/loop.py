@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from megarl.config import RunConfig
 from megarl.data.processors import Processor
-from megarl.eval.generate import SEED_STRIDE, generate_rewarded
+from megarl.eval.generate import SEED_STRIDE, Progress, generate_rewarded
 from megarl.eval.metrics import validation_metrics
 from megarl.rewards.runner import RewardRunner
 from megarl.rollout.manager import RolloutManager
@@ -34,7 +34,7 @@ class Evaluation:
         self.overlong = len(prompts) - len(self.prompts)
         self.samples: list[Sample] = []  # of the last run
 
-    def run(self, step: int) -> dict[str, float]:
+    def run(self, step: int, progress: Progress | None = None) -> dict[str, float]:
         """Generate, reward and average; metrics as ``val-core/<task>/score/mean@1`` and so on."""
         c = self.config.rollout
         self.samples, dropped = generate_rewarded(
@@ -45,6 +45,7 @@ class Evaluation:
             temperature=c.eval_temperature,
             max_new_tokens=c.max_new_tokens,
             step_seed=self.config.seed * SEED_STRIDE - step - 1,
+            progress=progress,
         )
         counts = {"val-aux/overlong_dropped": float(self.overlong), "val-aux/reward_dropped": float(dropped)}
         return validation_metrics(self.samples) | counts

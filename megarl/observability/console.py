@@ -39,7 +39,7 @@ class Console:
         if enabled and sys.stdout.isatty():
             self._rich = RichConsole()
             self._progress = Progress(
-                TextColumn("[bold]step"),
+                TextColumn("[bold]{task.description}"),
                 MofNCompleteColumn(),
                 BarColumn(bar_width=None),
                 TimeElapsedColumn(),
@@ -47,7 +47,8 @@ class Console:
                 TimeRemainingColumn(),
                 console=self._rich,
             )
-            self._task = self._progress.add_task("", total=total_steps)
+            self._task = self._progress.add_task("step", total=total_steps)
+            self._phase = self._progress.add_task("", visible=False)
             self._live = Live(self._progress, console=self._rich, refresh_per_second=2)
             self._live.start()
 
@@ -61,6 +62,13 @@ class Console:
             shown = [f"{label} {format_number(metrics[key])}" for key, label in HEADLINE.items() if key in metrics]
             shown += [f"{key} {format_number(metrics[key])}" for key in metrics if key.startswith("val-core/")]
             print(f"step {step}/{self.total_steps}  " + "  ".join(shown), flush=True)
+
+    def progress(self, phase: str, done: int, total: int) -> None:
+        """Show that ``done`` of ``total`` items of a phase of the step are finished; only the live view does."""
+        if self._live is not None:
+            self._progress.update(
+                self._phase, description=phase, completed=done, total=total, visible=done < total, refresh=False
+            )
 
     def message(self, text: str) -> None:
         """Print a line that stays above the live view."""

@@ -236,7 +236,9 @@ class EngineActor:
 
     async def update_weights_from_disk(self, path: str, weight_version: int) -> None:
         """Load every weight of a Hugging Face directory."""
-        message = self._sglang.UpdateWeightFromDiskReqInput(model_path=path, weight_version=str(weight_version))
+        message = self._sglang.UpdateWeightFromDiskReqInput(
+            model_path=path, load_format="auto", weight_version=str(weight_version)
+        )
         self._check("update_weights_from_disk", await self._watched(self._manager.update_weights_from_disk(message)))
 
     async def checksums(self) -> dict[str, str]:

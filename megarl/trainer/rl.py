@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -67,6 +68,7 @@ class RLTrainer:
                 self.workers.score()
                 metrics |= self.workers.train()
                 with self.run.timer("update_weights"):
+                    self.rollout.ensure_alive()
                     changed = metrics["actor/grad_norm"] * metrics["actor/lr"] > 0
                     metrics |= self.sync.push(self.rollout.engines, step, must_change=changed)
             self.step, self.state = step, {"source": self.source.state_dict()}
@@ -91,6 +93,7 @@ class RLTrainer:
                 temperature=c.temperature,
                 max_new_tokens=c.max_new_tokens,
                 step_seed=self.config.seed * SEED_STRIDE + step,
+                progress=partial(self.run.console.progress, "generate"),
             )
         self.dropped += dropped
         return samples
@@ -125,7 +128,7 @@ class RLTrainer:
 
     def evaluate(self) -> dict[str, float]:
         """Metrics on held-out prompts."""
-        return self.evaluation.run(self.step)
+        return self.evaluation.run(self.step, progress=partial(self.run.console.progress, "evaluate"))
 
     def state_dict(self) -> dict[str, Any]:
         """What a resumed run needs beyond the weights, as of the last finished step."""

@@ -50,25 +50,29 @@ class WeightSync:
         Raises ``WeightSyncError`` when a tensor differs afterwards, when the canary does, or when ``must_change`` and
         the weights are those of the last version.
         """
-        transport = self.config.weight_sync.transport
-        sent = self._send_files(engines, version) if transport == "disk" else self._send_tensors(engines, version)
+        sent, metrics = self._deliver(engines, version)
         if must_change and self.digest and version != self.version and sent == self.digest:
             raise WeightSyncError(
                 f"step {version}: no tensor changed since version {self.version} although the optimizer made a step"
             )
         self.version, self.digest = version, sent
-        metrics = {"sync/tensors": float(len(sent))}
-        if self.config.weight_sync.verify:
-            for index, held in enumerate(ray.get([engine.checksums.remote() for engine in engines])):
-                self._compare(index, held)
-            metrics["sync/verified_tensors"] = float(len(sent))
-        if self.config.weight_sync.canary:
-            metrics["sync/canary_abs_diff"] = self._score_canary(engines)
         return metrics
 
     def resend(self, engines: list[ActorHandle]) -> None:
         """Bring engines that were restarted to the version that the others hold."""
-        self.push(engines, self.version, must_change=False)
+        self._deliver(engines, self.version)
+
+    def _deliver(self, engines: list[ActorHandle], version: int) -> tuple[dict[str, str], dict[str, float]]:
+        transport = self.config.weight_sync.transport
+        sent = self._send_files(engines, version) if transport == "disk" else self._send_tensors(engines, version)
+        metrics = {"sync/tensors": float(len(sent))}
+        if self.config.weight_sync.verify:
+            for index, held in enumerate(ray.get([engine.checksums.remote() for engine in engines])):
+                _compare(f"engine {index}", version, sent, held)
+            metrics["sync/verified_tensors"] = float(len(sent))
+        if self.config.weight_sync.canary:
+            metrics["sync/canary_abs_diff"] = self._score_canary(engines, version)
+        return sent, metrics
 
     def _send_tensors(self, engines: list[ActorHandle], version: int) -> dict[str, str]:
         sent: dict[str, str] = {}
@@ -87,17 +91,7 @@ class WeightSync:
         shutil.rmtree(directory)
         return sent
 
-    def _compare(self, index: int, held: dict[str, str]) -> None:
-        missing = sorted(set(self.digest) - set(held))
-        different = sorted(name for name, value in self.digest.items() if name in held and held[name] != value)
-        if missing or different:
-            raise WeightSyncError(
-                f"engine {index} does not hold version {self.version}: "
-                f"{len(different)} tensors differ ({', '.join(different[:5])}), "
-                f"{len(missing)} are missing ({', '.join(missing[:5])})"
-            )
-
-    def _score_canary(self, engines: list[ActorHandle]) -> float:
+    def _score_canary(self, engines: list[ActorHandle], version: int) -> float:
         """Largest |difference| of the log-probs of the canary's tokens between the trainer and any engine."""
         tokens = self.canary.tokens
         scored = ~np.isin(tokens, self.banned_token_ids)  # an engine has its own names for image placeholders
@@ -120,8 +114,19 @@ class WeightSync:
             difference = float(np.abs(ours - np.asarray(theirs)[scored[1:]]).max())
             if not difference <= self.tolerance:
                 raise WeightSyncError(
-                    f"engine {index} with version {self.version} scores the canary prompt {self.canary.prompt.id} "
+                    f"engine {index} with version {version} scores the canary prompt {self.canary.prompt.id} "
                     f"differently: max |log-prob difference| {difference:.3g} > {self.tolerance:.3g}"
                 )
             worst = max(worst, difference)
         return worst
+
+
+def _compare(engine: str, version: int, sent: dict[str, str], held: dict[str, str]) -> None:
+    """Raise ``WeightSyncError`` unless ``engine`` holds what was sent."""
+    missing = sorted(set(sent) - set(held))
+    different = sorted(name for name, value in sent.items() if name in held and held[name] != value)
+    if missing or different:
+        raise WeightSyncError(
+            f"{engine} does not hold version {version}: {len(different)} tensors differ "
+            f"({', '.join(different[:5])}), {len(missing)} are missing ({', '.join(missing[:5])})"
+        )

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import suppress
 
 import ray
 import torch
 from ray.actor import ActorHandle
+from ray.exceptions import RayActorError
 
 from megarl.checkpoint.export import Bucket
 from megarl.config import RunConfig
@@ -78,7 +80,7 @@ class WeightSender:
     def _meet(self, engines: list[ActorHandle]) -> None:
         """Build the process group of this rank and ``engines``, in the place of the last one."""
         if self.audience:
-            destroy_group(self.broadcast_group)
+            self._part()
         size = self.config.rollout.tensor_parallel_size
         address, port, world_size = ray.util.get_node_ip_address(), free_port(), 1 + size * len(engines)
         self.broadcast_name = f"megarl_{self.rank}_{port}"
@@ -92,3 +94,11 @@ class WeightSender:
         )
         ray.get(joined)
         self.audience = list(engines)
+
+    def _part(self) -> None:
+        """Leave the last group, with all engines that still live."""
+        left = [engine.destroy_broadcast.remote(self.broadcast_name) for engine in self.audience]
+        destroy_group(self.broadcast_group)
+        for answer in left:
+            with suppress(RayActorError):  # this engine's death is why there is a new group
+                ray.get(answer)

@@ -1,5 +1,6 @@
 """A run of seconds: a random model, and a reward that pays for variety, so that every step has something to learn."""
 
+import os
 from pathlib import Path
 
 from megarl.config import (
@@ -10,6 +11,7 @@ from megarl.config import (
     ModelConfig,
     ObservabilityConfig,
     OptimizerConfig,
+    ParallelConfig,
     RolloutConfig,
     RunConfig,
     TaskConfig,
@@ -24,10 +26,18 @@ def compute_score(data_source, solution_str, ground_truth, extra_info=None):
     return {"score": len(set(solution_str)) / 8, "length": float(len(solution_str))}
 
 
+def failing_score(data_source, solution_str, ground_truth, extra_info=None):
+    """The same, but for one answer."""
+    if str(ground_truth) == os.environ["FAIL_ON"]:
+        raise RuntimeError("this answer cannot be judged")
+    return compute_score(data_source, solution_str, ground_truth)
+
+
 def config():
     return RunConfig(
         name="test",
         model=ModelConfig(factory=f"{HERE.parents[2]}/examples/tiny_models.py:qwen2_5_vl"),
+        parallel=ParallelConfig(tensor_model_parallel_size=2),
         optimizer=OptimizerConfig(lr=1e-3),
         data=DataConfig(prompts_per_step=4, max_prompt_length=64),
         tasks={"digits": TaskConfig(path="megarl.tasks.digits:Digits", reward=f"{HERE}:compute_score")},

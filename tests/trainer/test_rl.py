@@ -7,6 +7,8 @@ import time
 import psutil
 import pytest
 
+from megarl.config import DataConfig
+from megarl.tasks.digits import Digits
 from tests.trainer.commands import EXPERIMENT, metrics, run, start, wait_for_step
 
 
@@ -71,7 +73,8 @@ def test_killed_resumed_and_robbed_of_its_engine_a_run_gives_the_same_bits(folde
     wait_for_step(first, folder / name, 2, folder / "killed.log")
     first.kill()  # SIGKILL: nothing is flushed, no actor is told
     first.wait()
-    second = start(folder / "resumed.log", *arguments(folder, name))
+    # the bits do not depend on how weights travel: the resumed run broadcasts them
+    second = start(folder / "resumed.log", *arguments(folder, name), "weight_sync.transport=broadcast")
     killed: list[int] = []
     watcher = threading.Thread(target=kill_engine_when, args=(second, folder / name, 3, killed))
     watcher.start()
@@ -82,3 +85,26 @@ def test_killed_resumed_and_robbed_of_its_engine_a_run_gives_the_same_bits(folde
     assert "resumed from" in text
     assert killed, "the engine's scheduler was not found"
     assert metrics(folder / name) == metrics(straight)
+
+
+def test_eval_repeats_the_last_metrics_of_the_run(folder, straight):
+    """From its newest checkpoint, the weights sent through files."""
+    text = run(folder / "eval.log", "eval", *arguments(folder, "straight")[1:], "weight_sync.transport=disk")
+    result = json.loads(text[text.index("{\n") :])
+    assert result.pop("checkpoint").endswith("checkpoints/step_000004")
+    last = metrics(straight)[4]
+    assert result == {name: last[name] for name in last if name.startswith("val-")}
+
+
+def test_a_reward_that_raises_is_named_and_nothing_is_lost(folder, monkeypatch):
+    task = Digits("digits", DataConfig())
+    answers = [str(task.prompt("train", index).answer) for index in range(8)]
+    assert answers[5] not in answers[:4]  # the second step meets it first
+    monkeypatch.setenv("FAIL_ON", answers[5])
+    failing = f"tasks.digits.reward={EXPERIMENT}:failing_score"
+    more = [failing, "checkpoint.save_every=0", "data.shuffle=False"]
+    text = run(folder / "raises.log", *arguments(folder, "raises"), *more, status=2)
+    last = text.strip().splitlines()[-1]
+    assert "digits/train/5" in last
+    assert "this answer cannot be judged" in last
+    assert (folder / "raises/checkpoints/step_000001/manifest.json").is_file()

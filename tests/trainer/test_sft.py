@@ -16,7 +16,8 @@ def folder(tmp_path_factory):
 
 def arguments(folder, name, *more):
     shared = ["algorithm.policy_loss=sft", "algorithm.kl_coef=0", f"model.path={folder / 'tiny'}"]
-    return ["sft", EXPERIMENT, f"trainer.run_dir={folder / name}", "trainer.ranks_per_node=2", *shared, *more]
+    layout = ["parallel.tensor_model_parallel_size=1", "trainer.ranks_per_node=2"]
+    return ["sft", EXPERIMENT, f"trainer.run_dir={folder / name}", *layout, *shared, *more]
 
 
 @pytest.fixture(scope="module")
