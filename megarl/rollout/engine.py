@@ -104,7 +104,7 @@ def server_arguments(config: RunConfig, hf_dir: str, index: int) -> dict[str, An
             "disable_cuda_graph": True,
             "mem_fraction_static": 0.1,
             "max_total_tokens": 65536,
-            "max_running_requests": 64,
+            "max_running_requests": 256,
             "sleep_on_idle": True,  # an idle scheduler takes a whole core else
         }
     elif deterministic:
