@@ -51,7 +51,9 @@ def trl(overrides: list[str], directory: Path, processes: int, threads: int) -> 
     script = [str(Path(__file__).parent / "trl_grpo.py"), "--processes", str(processes), "--threads", str(threads)]
     launch = ["-m", "torch.distributed.run", f"--nproc-per-node={processes}"] if processes > 1 else []
     environment = os.environ | {"OMP_NUM_THREADS": str(threads), "PYTHONWARNINGS": "ignore"}
-    environment["PYTHONPATH"] = os.pathsep.join([os.getcwd(), *sys.path[1:]])  # for the experiment: it names its neighbour
+    environment["PYTHONPATH"] = os.pathsep.join(
+        [os.getcwd(), *sys.path[1:]]
+    )  # for the experiment: it names its neighbour
     command = [sys.executable, *launch, *script, "--out", str(out), *overrides]
     subprocess.run(command, check=True, stdout=sys.stderr, env=environment)
     rows = []

@@ -26,19 +26,19 @@ def main(arguments: list[str]) -> None:
     model = ["model.path=" + str(directory / "model"), "model.factory=examples/tiny_models.py:qwen2_5_vl"]
     command = [sys.executable, "-m", "megarl.cli", "train", "examples/grpo_qwen_vl_digits.py", *model]
     command += [f"trainer.run_dir={directory / 'run'}", f"trainer.num_steps={steps}", *overrides]
-    samples = [s for s in run(command, directory / "run" / "metrics.jsonl") if s.step >= 1]
-    last = max(s.step for s in samples)
+    samples = [s for s in run(command, directory / "run" / "metrics.jsonl") if 1 <= s.step < steps]
+    last, warm = max(s.step for s in samples), min(WARM_UP, steps // 2)
+    roles = sorted({role for sample in samples for role in sample.memory})
     rows = []
     for step in sorted({s.step for s in samples}):
         seen = [s.memory for s in samples if s.step == step]
-        rows.append({"step": step} | {role: float(np.median([m.get(role, 0.0) for m in seen])) for role in seen[0]})
-    roles = [role for role in rows[0] if role != "step"]
+        rows.append({"step": step} | {role: float(np.median([m.get(role, 0.0) for m in seen])) for role in roles})
     at = np.array([row["step"] for row in rows])
     slopes = {}
-    print(f"{'':14s}{'after ' + str(WARM_UP):>12s}{'after ' + str(last):>12s}   growth, MB a step after step {WARM_UP}")
+    print(f"{'':14s}{'after ' + str(warm):>12s}{'after ' + str(last):>12s}   growth, MB a step after step {warm}")
     for name in [*roles, "all"]:
         values = np.array([sum(row[r] for r in roles) if name == "all" else row[name] for row in rows])
-        late = at >= WARM_UP
+        late = at >= warm
         slopes[name] = float(np.polyfit(at[late], values[late], 1)[0]) if late.sum() > 1 else float("nan")
         print(f"{name:14s}{values[late][0]:9.0f} MB{values[-1]:9.0f} MB   {slopes[name]:+.3f}")
     RESULTS.mkdir(exist_ok=True)

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 import time
+import uuid
 from collections import defaultdict
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -41,16 +43,14 @@ def run(command: list[str], metrics: Path, every: float = 1.0) -> list[Sample]:
 
     Raises ``RuntimeError`` with the status when the command fails.
     """
-    start, cpu, samples = time.monotonic(), {}, []
-    process = subprocess.Popen(command, stdout=sys.stderr)
+    start, cpu, samples, mark = time.monotonic(), {}, [], uuid.uuid4().hex
+    process = subprocess.Popen(command, stdout=sys.stderr, env=os.environ | {"BENCHMARK_RUN": mark})
     while process.poll() is None:
         memory: dict[str, float] = defaultdict(float)
-        try:
-            tree = [psutil.Process(process.pid), *psutil.Process(process.pid).children(recursive=True)]
-        except psutil.NoSuchProcess:
-            break
-        for member in tree:
+        for member in psutil.process_iter():
             try:
+                if member.environ().get("BENCHMARK_RUN") != mark:  # daemons of Ray's are nobody's children
+                    continue
                 with member.oneshot():
                     times = member.cpu_times()
                     cpu[member.pid, member.create_time()] = times.user + times.system

@@ -16,6 +16,7 @@ from megarl.rollout import cpu_shims
 cpu_shims.install()
 
 from sglang.srt.entrypoints.engine import Engine  # noqa: E402
+from sglang.srt.layers.attention import attention_registry  # noqa: E402
 from sglang.srt.managers import detokenizer_manager, scheduler  # noqa: E402
 from sglang.srt.managers.io_struct import (  # noqa: E402, F401 - what an engine's owner says to it
     CheckWeightsReqInput,
@@ -30,6 +31,7 @@ from sglang.srt.model_executor import model_runner  # noqa: E402
 from sglang.srt.runtime_context import get_context  # noqa: E402
 from sglang.srt.utils.weight_checker import ChecksumInfo, WeightChecker  # noqa: E402
 
+from megarl.rollout.cpu_attention import BatchedTorchAttention  # noqa: E402
 from megarl.rollout.live_weights import hf_tensors  # noqa: E402
 from megarl.utils.checksum import tensor_checksum  # noqa: E402
 
@@ -87,8 +89,10 @@ class DeterministicScheduler(scheduler.Scheduler):
 
 
 def run_scheduler_process(*args: Any, **kwargs: Any) -> None:
-    """SGLang's scheduler process with checksums under checkpoint names."""
+    """SGLang's scheduler process with checksums under checkpoint names and, on CPU, batched attention."""
     model_runner.WeightChecker = CheckpointWeightChecker
+    if torch.version.cuda is None:
+        attention_registry.ATTENTION_BACKENDS["torch_native"] = BatchedTorchAttention
     scheduler.run_scheduler_process(*args, **kwargs)
 
 

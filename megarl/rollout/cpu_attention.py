@@ -1,0 +1,94 @@
+"""Attention of SGLang's CPU path over all sequences of a batch at once.
+
+SGLang's ``torch_native`` backend calls ``scaled_dot_product_attention`` sequence by sequence, which costs more than the
+rest of a decoding step when they are short. This one gathers the batch's keys and values, padded, and calls it once.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from megarl.rollout import cpu_shims
+
+cpu_shims.install()
+
+from sglang.srt.layers.attention.torch_native_backend import TorchNativeAttnBackend  # noqa: E402
+
+_MAX_SCORES = 1 << 26  # of one call: more are computed in several
+
+
+def paged_attention(
+    query: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    slots: Tensor,
+    query_lens: Tensor,
+    seq_lens: Tensor,
+    scale: float | None,
+) -> Tensor:
+    """Causal attention of the last tokens of S sequences to all of theirs.
+
+    query: [T, H, D], ``query_lens`` [S] tokens of each sequence end to end. k_cache, v_cache: [slots, Hk, D].
+    slots: [S, max(seq_lens)], where the tokens of each sequence lie in the caches. Returns [T, H, D].
+    """
+    width, longest = int(query_lens.max()), slots.shape[1]
+    columns = torch.arange(width)
+    inside = columns < query_lens[:, None]  # [S, width]
+    padded = query.new_zeros(*inside.shape, *query.shape[1:])
+    padded[inside] = query
+    last = (seq_lens - query_lens)[:, None] + columns  # [S, width], the last token that each query sees
+    mask = torch.arange(longest) <= last[..., None]  # [S, width, longest]
+    outputs = []
+    for part in torch.arange(len(slots)).split(max(1, _MAX_SCORES // (width * longest * query.shape[1]))):
+        q, k, v = (t.transpose(1, 2) for t in (padded[part], k_cache[slots[part]], v_cache[slots[part]]))
+        output = F.scaled_dot_product_attention(
+            q, k.to(q.dtype), v.to(q.dtype), mask[part, None], scale=scale, enable_gqa=q.shape[1] != k.shape[1]
+        )
+        outputs.append(output.transpose(1, 2))
+    return torch.cat(outputs)[inside]
+
+
+class BatchedTorchAttention(TorchNativeAttnBackend):
+    """``torch_native`` without the loop, where there is neither an encoder nor a sliding window."""
+
+    def _run_sdpa_forward_decode(
+        self,
+        query: Tensor,
+        output: Tensor,
+        k_cache: Tensor,
+        v_cache: Tensor,
+        req_to_token: Tensor,
+        req_pool_indices: Tensor,
+        seq_lens: Tensor,
+        encoder_lens: Tensor | None = None,
+        **options: Any,
+    ) -> Tensor:
+        ours = (query, k_cache, v_cache, req_to_token[req_pool_indices, : seq_lens.max()])
+        if encoder_lens is None and options.get("sliding_window_size") is None:
+            return output.copy_(paged_attention(*ours, torch.ones_like(seq_lens), seq_lens, options.get("scaling")))
+        theirs = (query, output, k_cache, v_cache, req_to_token, req_pool_indices, seq_lens, encoder_lens)
+        return super()._run_sdpa_forward_decode(*theirs, **options)
+
+    def _run_sdpa_forward_extend(
+        self,
+        query: Tensor,
+        output: Tensor,
+        k_cache: Tensor,
+        v_cache: Tensor,
+        req_to_token: Tensor,
+        req_pool_indices: Tensor,
+        seq_lens: Tensor,
+        extend_prefix_lens: Tensor,
+        extend_seq_lens: Tensor,
+        encoder_lens: Tensor | None = None,
+        **options: Any,
+    ) -> Tensor:
+        ours = (query, k_cache, v_cache, req_to_token[req_pool_indices, : seq_lens.max()])
+        if encoder_lens is None and options.get("sliding_window_size") is None and options.get("causal"):
+            return output.copy_(paged_attention(*ours, extend_seq_lens, seq_lens, options.get("scaling")))
+        theirs = (query, output, k_cache, v_cache, req_to_token, req_pool_indices, seq_lens)
+        return super()._run_sdpa_forward_extend(*theirs, extend_prefix_lens, extend_seq_lens, encoder_lens, **options)
