@@ -24,6 +24,7 @@ HEADLINE = {
     "training/rollout_probs_diff_mean": "probs diff",
     "timing_s/step": "seconds",
 }
+FIRST = ("val-core/", "reward/")  # next in the table
 MAX_ROWS = 28
 
 
@@ -35,6 +36,7 @@ class Console:
         self._enabled = enabled
         self._started = time.monotonic()
         self._previous: dict[str, float] = {}
+        self._evaluated: dict[str, float] = {}
         self._live: Live | None = None
         if enabled and sys.stdout.isatty():
             self._rich = RichConsole()
@@ -56,8 +58,10 @@ class Console:
         """Show the metrics of ``step``, the number of steps that are done."""
         if self._live is not None:
             self._progress.update(self._task, completed=step)
+            self._evaluated |= {key: value for key, value in metrics.items() if key.startswith("val-core/")}
+            metrics = self._evaluated | metrics  # the last evaluation stays in sight
             self._live.update(Group(self._table(metrics), self._progress))
-            self._previous = dict(metrics)
+            self._previous = metrics
         elif self._enabled:
             shown = [f"{label} {format_number(metrics[key])}" for key, label in HEADLINE.items() if key in metrics]
             shown += [f"{key} {format_number(metrics[key])}" for key in metrics if key.startswith("val-core/")]
@@ -89,7 +93,7 @@ class Console:
         table.add_column("value", justify="right")
         table.add_column("change", justify="right", style="dim")
         keys = [key for key in HEADLINE if key in metrics]
-        keys += [key for key in sorted(metrics) if key not in HEADLINE]
+        keys += sorted(metrics.keys() - HEADLINE.keys(), key=lambda key: (not key.startswith(FIRST), key))
         for key in keys[: min(MAX_ROWS, max(4, self._rich.height - 4))]:
             before = self._previous.get(key)
             change = "" if before is None else f"{metrics[key] - before:+.3g}"

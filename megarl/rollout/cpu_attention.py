@@ -6,6 +6,7 @@ rest of a decoding step when they are short. This one gathers the batch's keys a
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -53,42 +54,22 @@ def paged_attention(
 
 
 class BatchedTorchAttention(TorchNativeAttnBackend):
-    """``torch_native`` without the loop, where there is neither an encoder nor a sliding window."""
+    """``torch_native`` without the loop, where attention is causal and there is neither an encoder nor a window."""
 
-    def _run_sdpa_forward_decode(
-        self,
-        query: Tensor,
-        output: Tensor,
-        k_cache: Tensor,
-        v_cache: Tensor,
-        req_to_token: Tensor,
-        req_pool_indices: Tensor,
-        seq_lens: Tensor,
-        encoder_lens: Tensor | None = None,
-        **options: Any,
-    ) -> Tensor:
-        ours = (query, k_cache, v_cache, req_to_token[req_pool_indices, : seq_lens.max()])
-        if encoder_lens is None and options.get("sliding_window_size") is None:
-            return output.copy_(paged_attention(*ours, torch.ones_like(seq_lens), seq_lens, options.get("scaling")))
-        theirs = (query, output, k_cache, v_cache, req_to_token, req_pool_indices, seq_lens, encoder_lens)
-        return super()._run_sdpa_forward_decode(*theirs, **options)
+    def _run_sdpa_forward_decode(self, *args: Any, **options: Any) -> Tensor:
+        one_by_one, seq_lens = super()._run_sdpa_forward_decode, args[6]
+        return self._run(one_by_one, torch.ones_like(seq_lens), True, *args, **options)
 
-    def _run_sdpa_forward_extend(
-        self,
-        query: Tensor,
-        output: Tensor,
-        k_cache: Tensor,
-        v_cache: Tensor,
-        req_to_token: Tensor,
-        req_pool_indices: Tensor,
-        seq_lens: Tensor,
-        extend_prefix_lens: Tensor,
-        extend_seq_lens: Tensor,
-        encoder_lens: Tensor | None = None,
-        **options: Any,
+    def _run_sdpa_forward_extend(self, *args: Any, **options: Any) -> Tensor:
+        one_by_one, extend_seq_lens = super()._run_sdpa_forward_extend, args[8]
+        return self._run(one_by_one, extend_seq_lens, options["causal"], *args, **options)
+
+    def _run(
+        self, one_by_one: Callable[..., Tensor], query_lens: Tensor, causal: bool, *args: Any, **options: Any
     ) -> Tensor:
-        ours = (query, k_cache, v_cache, req_to_token[req_pool_indices, : seq_lens.max()])
-        if encoder_lens is None and options.get("sliding_window_size") is None and options.get("causal"):
-            return output.copy_(paged_attention(*ours, extend_seq_lens, seq_lens, options.get("scaling")))
-        theirs = (query, output, k_cache, v_cache, req_to_token, req_pool_indices, seq_lens)
-        return super()._run_sdpa_forward_extend(*theirs, extend_prefix_lens, extend_seq_lens, encoder_lens, **options)
+        query, output, k_cache, v_cache, req_to_token, req_pool_indices, seq_lens = args[:7]
+        encoder_lens = args[-1]
+        if encoder_lens is not None or options["sliding_window_size"] is not None or not causal:
+            return one_by_one(*args, **options)
+        slots = req_to_token[req_pool_indices, : seq_lens.max()]
+        return output.copy_(paged_attention(query, k_cache, v_cache, slots, query_lens, seq_lens, options["scaling"]))

@@ -43,6 +43,7 @@ class RLTrainer:
         self.state: dict[str, Any] = {"source": self.source.state_dict()}
         self.rewards = RewardRunner(reward_functions(config), config.rewards)
         self.rollout = RolloutManager(config, hf_dir, sync=lambda engines: self.sync.resend(engines))
+        run.console.message(f"{len(self.rollout.engines)} SGLang engine(s) ready")
         self.sync = WeightSync(
             config,
             self.workers,

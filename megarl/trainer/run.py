@@ -95,10 +95,14 @@ class Run:
 
     def build_workers(self, workers: WorkerGroup) -> dict[str, Any]:
         """Build the policy on ``workers``, fresh or from the checkpoint to resume; what was saved beside it."""
-        resume = self.resume_from
+        resume, parallel = self.resume_from, self.config.parallel
         source = str(resume / "hf") if resume else model_directory(self.config)
         self.model_directory = source
         workers.call("build", source, trainable=True, weights=resume is None)
+        self.console.message(
+            f"policy from {source} on {self.config.world_size} ranks: tensor {parallel.tensor_model_parallel_size} x "
+            f"pipeline {parallel.pipeline_model_parallel_size} x data {self.config.data_parallel_size}"
+        )
         if resume is None:
             self.tracker.truncate(0)
             return {"step": 0}
