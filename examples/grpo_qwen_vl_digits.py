@@ -29,5 +29,7 @@ def config() -> RunConfig:
         tasks={"digits_list": digits("list", 2.0, "random"), "digits_sum": digits("sum", 1.0, "random")},
         rollout=RolloutConfig(group_size=8, max_new_tokens=12),
         algorithm=AlgorithmConfig(advantage="grpo", policy_loss="ppo_clip"),
-        trainer=TrainerConfig(run_dir="runs/grpo_digits", num_steps=100, eval_every=50, eval_prompts=512),
+        trainer=TrainerConfig(
+            run_dir="runs/grpo_digits", num_steps=100, eval_every=50, eval_prompts=512, share_prompts=True
+        ),
     )

@@ -207,6 +207,7 @@ class TrainerConfig:
     ranks_per_node: int = 0  # 0: as many as the model-parallel sizes need
     max_tokens_per_microbatch: int = 8192
     max_patches_per_microbatch: int = 65536
+    share_prompts: bool = False  # compute a prompt once for all of its samples in a microbatch (sdpa attention)
     resume: str = "auto"  # auto: the newest complete checkpoint of run_dir | never | a checkpoint's path
     eval_every: int = 0  # steps; 0: only before the first and after the last
     eval_prompts: int = 256  # of each task
@@ -266,6 +267,12 @@ class RunConfig:
     debug: DebugConfig = field(default_factory=DebugConfig)
 
     def __post_init__(self) -> None:
+        implementation, backend = self.model.transformer_impl, self.model.attention_backend
+        if self.trainer.share_prompts and (implementation != "local" or backend == "varlen"):
+            raise ValueError(
+                f"trainer.share_prompts=True needs sdpa attention, which model.transformer_impl={implementation} with "
+                f"model.attention_backend={backend} is not"
+            )
         if self.world_size % self.parallel.model_parallel_size:
             raise ValueError(
                 f"trainer.num_nodes x trainer.ranks_per_node = {self.world_size} ranks cannot be divided into "

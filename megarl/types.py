@@ -97,6 +97,8 @@ class Sample(Trajectory):
 class PackedBatch:
     """One microbatch of a data-parallel rank: sequences laid end to end, labels already shifted.
 
+    A prompt that several sequences share may stand there once, as their parent.
+
     Position t holds the token that is read, ``labels[t]`` the token that is predicted from it, and every other stream
     speaks of that prediction. Arrays are numpy on the way to a rank; ``old_logprobs`` and ``ref_logprobs`` are made
     there and never travel.
@@ -105,7 +107,8 @@ class PackedBatch:
     tokens: np.ndarray  # [T] int64
     labels: np.ndarray  # [T] int64
     position_ids: np.ndarray  # [3, T] int64 (multimodal rotary embedding) or [1, T]
-    cu_seqlens: np.ndarray  # [S + 1] int32, of the padded sequences
+    cu_seqlens: np.ndarray  # [S + 1] int32
+    parents: np.ndarray  # [S] int32, the sequence whose tokens come before this one's (a shared prompt); -1: none
     sequence_ids: np.ndarray  # [T] int64, index into the S sequences
     loss_weights: np.ndarray  # [T] float32, 0 on prompts, tools and padding
     advantages: np.ndarray  # [T] float32

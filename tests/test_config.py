@@ -201,3 +201,9 @@ def test_an_experiment_without_a_config_is_refused(tmp_path):
         load_experiment(experiment(tmp_path / "b", "config = {}\n"))
     with pytest.raises(FileNotFoundError, match=r"nowhere\.py"):
         load_experiment(tmp_path / "nowhere.py")
+
+
+def test_sharing_prompts_is_refused_where_the_attention_cannot():
+    for wrong in ("model.transformer_impl=transformer_engine", "model.attention_backend=varlen"):
+        with pytest.raises(ValueError, match=r"trainer\.share_prompts=True needs sdpa attention"):
+            apply_overrides(RunConfig(), ["trainer.share_prompts=True", wrong])

@@ -6,6 +6,7 @@ The shift between a token that is read and the token that is predicted happens h
 from __future__ import annotations
 
 import bisect
+import itertools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -24,9 +25,10 @@ class Packing:
 
     max_tokens: int
     max_patches: int
-    multiple: int  # sequence lengths are padded to it, so that sequence parallelism can split a bin
+    multiple: int  # a bin's length is padded to it, so that sequence parallelism can split it
     position_ids: PositionIds
     pad_token_id: int = 0
+    share_prompts: bool = False  # lay out a prompt once for all of its samples in a bin
 
     @classmethod
     def of(cls, config: RunConfig, processor: Processor) -> Packing:
@@ -38,57 +40,95 @@ class Packing:
             multiple=parallel.tensor_model_parallel_size if parallel.sequence_parallel else 1,
             position_ids=processor.position_ids,
             pad_token_id=processor.eos_token_ids[0],
+            share_prompts=config.trainer.share_prompts,
         )
 
-    def length(self, sample: Sample) -> int:
-        """Tokens that ``sample`` takes up in a bin."""
-        return -(-(len(sample.tokens) - 1) // self.multiple) * self.multiple
+    def length(self, sample: Sample, previous: Sample | None = None) -> int:
+        """Tokens that ``sample`` takes up in a bin, behind ``previous``."""
+        shared = self.share_prompts and previous is not None and _prompt(previous) == _prompt(sample)
+        return len(sample.tokens) - (_prompt_length(sample) if shared else 1)
+
+
+def _prompt_length(sample: Sample) -> int:
+    return int(sample.loss_mask.argmax())
+
+
+def _prompt(sample: Sample) -> tuple[int, int, int]:
+    """What samples have in common that begin with the same tokens and show no further images."""
+    return id(sample.prompt), id(sample.media), _prompt_length(sample)
+
+
+@dataclass
+class _Segment:
+    """Tokens of a sample that are read one after the other: ``start`` to ``stop``, behind those of ``parent``."""
+
+    sample: Sample
+    start: int
+    stop: int
+    media: Media
+    parent: int = -1
+
+
+def _segments(samples: Sequence[Sample], share_prompts: bool) -> list[_Segment]:
+    """Samples whole, or a prompt up to its last token and what follows from there in each of its samples."""
+    segments: list[_Segment] = []
+    for _, members in itertools.groupby(samples, key=_prompt):
+        family = list(members)
+        last = _prompt_length(family[0]) - 1
+        if share_prompts and len(family) > 1 and last > 0:
+            parent = len(segments)
+            segments.append(_Segment(family[0], 0, last, family[0].media))
+            segments += [_Segment(s, last, len(s.tokens) - 1, Media(), parent) for s in family]
+        else:
+            segments += [_Segment(s, 0, len(s.tokens) - 1, s.media) for s in family]
+    return segments
 
 
 def pack(samples: Sequence[Sample], packing: Packing) -> PackedBatch:
     """Lay ``samples`` end to end; none of them gives a bin of padding that weighs nothing."""
-    multiple, parts, bounds = packing.multiple, [], [0]
-    for index, sample in enumerate(samples):
-        pad = packing.length(sample) - (len(sample.tokens) - 1)
-        tokens = np.pad(sample.tokens.astype(np.int64), (0, pad), constant_values=packing.pad_token_id)
-        position_ids = packing.position_ids(tokens[:-1], sample.media.grids)
+    segments, parts = _segments(samples, packing.share_prompts), []
+    positions: dict[int, np.ndarray] = {}  # by sample
+    for index, segment in enumerate(segments):
+        sample = segment.sample
+        read, predicted = slice(segment.start, segment.stop), slice(segment.start + 1, segment.stop + 1)
+        if id(sample) not in positions:
+            positions[id(sample)] = packing.position_ids(sample.tokens[:-1].astype(np.int64), sample.media.grids)
 
-        def shifted(stream: np.ndarray | None, pad: int = pad, length: int = len(sample.tokens)) -> np.ndarray:
-            stream = np.zeros(length, np.float32) if stream is None else stream
-            return np.pad(stream[1:].astype(np.float32), (0, pad))
+        def stream(values: np.ndarray | None, predicted: slice = predicted) -> np.ndarray:
+            length = predicted.stop - predicted.start
+            return np.zeros(length, np.float32) if values is None else values[predicted].astype(np.float32)
 
         parts.append(
             (
-                tokens[:-1],
-                tokens[1:],
-                np.full(len(tokens) - 1, index),
-                shifted(sample.loss_weights),
-                shifted(sample.advantages),
-                shifted(sample.rollout_logprobs),
-                position_ids,
+                sample.tokens[read].astype(np.int64),
+                sample.tokens[predicted].astype(np.int64),
+                np.full(segment.stop - segment.start, index),
+                stream(sample.loss_weights),
+                stream(sample.advantages),
+                stream(sample.rollout_logprobs),
+                positions[id(sample)][:, read],
             )
         )
-        bounds.append(bounds[-1] + len(tokens) - 1)
-    if not samples:
-        padding, zeros = np.full(multiple, packing.pad_token_id), np.zeros(multiple, np.float32)
-        no_images = np.zeros((0, 3), np.int64)
-        positions = packing.position_ids(padding, no_images)
-        parts, bounds = (
-            [(padding, padding, np.zeros(multiple, np.int64), zeros, zeros, zeros, positions)],
-            [0, multiple],
-        )
+    parents = [segment.parent for segment in segments]
+    pad = -sum(len(part[0]) for part in parts) % packing.multiple if parts else packing.multiple
+    if pad:
+        padding, zeros = np.full(pad, packing.pad_token_id, np.int64), np.zeros(pad, np.float32)
+        places = packing.position_ids(padding, np.zeros((0, 3), np.int64))
+        parts.append((padding, padding, np.full(pad, len(parts)), zeros, zeros, zeros, places))
+        parents.append(-1)
     tokens, labels, sequence_ids, loss_weights, advantages, rollout_logprobs, position_ids = (
         np.concatenate(part, axis=-1) for part in zip(*parts, strict=True)
     )
     media = Media(
-        [image for sample in samples for image in sample.media.images],
-        np.concatenate([np.zeros((0, 3), np.int64)] + [sample.media.grids for sample in samples]),
+        [image for segment in segments for image in segment.media.images],
+        np.concatenate([np.zeros((0, 3), np.int64)] + [segment.media.grids for segment in segments]),
     )
     return PackedBatch(
         tokens=tokens,
         labels=labels,
         position_ids=position_ids,
-        cu_seqlens=np.array(bounds, np.int32),
+        cu_seqlens=np.cumsum([0] + [len(part[0]) for part in parts], dtype=np.int32),
+        parents=np.array(parents, np.int32),
         sequence_ids=sequence_ids,
         loss_weights=loss_weights,
         advantages=advantages,
@@ -110,35 +150,34 @@ def assign_to_bins(samples: Sequence[Sample], packing: Packing, data_parallel_si
     bin runs the vision tower once for each distinct image. The fullest bin is as small as that order allows.
     """
     lengths = [packing.length(sample) for sample in samples]
+    max_tokens = packing.max_tokens // packing.multiple * packing.multiple
     for sample, length in zip(samples, lengths, strict=True):
-        if length > packing.max_tokens or sample.media.num_patches > packing.max_patches:
+        if length > max_tokens or sample.media.num_patches > packing.max_patches:
             raise ValueError(
                 f"{sample.prompt.id}: {length} tokens and {sample.media.num_patches} patches do not fit a "
                 f"microbatch of trainer.max_tokens_per_microbatch={packing.max_tokens} and "
                 f"trainer.max_patches_per_microbatch={packing.max_patches}"
             )
     order = sorted(range(len(samples)), key=lambda i: (samples[i].group_id, i))
-    count = max(1, len(_fill(samples, lengths, order, packing, packing.max_tokens)))
+    count = max(1, len(_fill(samples, order, packing, max_tokens)))
     count = -(-count // data_parallel_size) * data_parallel_size
-    caps = range(max(lengths, default=1), packing.max_tokens + 1)
-    fits = bisect.bisect_left(caps, True, key=lambda cap: len(_fill(samples, lengths, order, packing, cap)) <= count)
-    bins = _fill(samples, lengths, order, packing, caps[fits])
+    caps = range(max(lengths, default=1), max_tokens + 1)
+    fits = bisect.bisect_left(caps, True, key=lambda cap: len(_fill(samples, order, packing, cap)) <= count)
+    bins = _fill(samples, order, packing, caps[fits])
     bins += [[] for _ in range(count - len(bins))]
     return [bins[rank::data_parallel_size] for rank in range(data_parallel_size)]
 
 
-def _fill(
-    samples: Sequence[Sample], lengths: list[int], order: list[int], packing: Packing, max_tokens: int
-) -> list[list[int]]:
+def _fill(samples: Sequence[Sample], order: list[int], packing: Packing, max_tokens: int) -> list[list[int]]:
     """Bins of at most ``max_tokens`` and ``packing.max_patches``, filled one after the other in ``order``."""
-    bins, load, patches = [], max_tokens, {}
+    bins: list[list[int]] = []
+    load, patches, previous = 0, {}, None
     for i in order:
-        media = samples[i].media
-        distinct = patches | {image: grid.prod() for image, grid in zip(media.images, media.grids, strict=True)}
-        if load + lengths[i] > max_tokens or sum(distinct.values()) > packing.max_patches:
+        media, length = samples[i].media, packing.length(samples[i], previous)
+        shown = {image: grid.prod() for image, grid in zip(media.images, media.grids, strict=True)}
+        if not bins or load + length > max_tokens or sum((patches | shown).values()) > packing.max_patches:
             bins.append([])
-            load = 0
-            distinct = {image: grid.prod() for image, grid in zip(media.images, media.grids, strict=True)}
+            load, patches, length = 0, {}, packing.length(samples[i])
         bins[-1].append(i)
-        load, patches = load + lengths[i], distinct
+        load, patches, previous = load + length, patches | shown, samples[i]
     return bins

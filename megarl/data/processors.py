@@ -31,7 +31,7 @@ from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import (  # noqa
 
 _MODEL_TYPES = ("qwen2_vl", "qwen2_5_vl")
 _MEDIA_TOKEN = re.compile(r"(image|video|audio|vision)\w*_token_(id|index)")  # keys of config.json
-_CACHE_BYTES = 256 << 20
+_CACHE_BYTES = 64 << 20
 
 
 class Processor:

@@ -37,51 +37,70 @@ class RMSNorm(torch.nn.RMSNorm):
 class _Bucket:
     rows: Tensor  # [S, L] int64, tokens of S sequences of at most L; beyond a sequence's end, any valid token
     mask: Tensor | None  # [S, 1, 1, L] bool, True on tokens; None: all have L
+    context: Tensor | None  # [S, C + L] int64, the parents' tokens and then ``rows``; None: without parents
+    visible: Tensor | None  # [S, 1, L, C + L] bool, what of the context each token attends to
 
 
 class SequenceLayout:
     """How packed sequences are gathered into padded batches and back; made once a pack, shared by all layers."""
 
-    def __init__(self, cu_seqlens: Tensor) -> None:
-        bounds = cu_seqlens.tolist()
-        device = cu_seqlens.device
-        spans = [(start, end - start) for start, end in pairwise(bounds) if end > start]
-        self.num_tokens = bounds[-1]
-        self.uniform = spans[0][1] if len({length for _, length in spans}) == 1 else None  # the length of all sequences
+    def __init__(self, cu_seqlens: Tensor, parents: Tensor | None = None) -> None:
+        bounds = list(pairwise(cu_seqlens.tolist()))
+        before = [(0, 0)] * len(bounds) if parents is None else [bounds[p] if p >= 0 else (0, 0) for p in parents]
+        spans = [
+            (start, end - start, first, last - first)
+            for (start, end), (first, last) in zip(bounds, before, strict=True)
+            if end > start
+        ]
+        self.num_tokens = bounds[-1][1]
+        self.uniform = None  # the length of all sequences
         self.buckets: list[_Bucket] = []
-        if self.uniform is not None:
+        if parents is None and len({length for _, length, *_ in spans}) == 1:
+            self.uniform = spans[0][1]
             return
-        groups: dict[int, list[tuple[int, int]]] = {}
-        for start, length in spans:
-            groups.setdefault((length - 1).bit_length(), []).append((start, length))
+        groups: dict[tuple[int, int], list[tuple[int, ...]]] = {}
+        for span in spans:
+            groups.setdefault(((span[1] - 1).bit_length(), span[3].bit_length()), []).append(span)
         restore = torch.empty(self.num_tokens, dtype=torch.int64)
         offset = 0
         for members in groups.values():
-            starts, lengths = torch.tensor(members).unsqueeze(-1).unbind(1)  # [S, 1] each
-            width = int(lengths.max())
+            starts, lengths, firsts, counts = torch.tensor(members).unsqueeze(-1).unbind(1)  # [S, 1] each
+            width, longest = int(lengths.max()), int(counts.max())
             columns = torch.arange(width)
             inside = columns < lengths
             rows = starts + torch.minimum(columns, lengths - 1)
             restore[rows[inside]] = offset + torch.arange(rows.numel()).view_as(rows)[inside]
             offset += rows.numel()
-            mask = None if bool(inside.all()) else inside[:, None, None].to(device)
-            self.buckets.append(_Bucket(rows.to(device), mask))
-        self.restore = restore.to(device)  # [T], place of each token in the concatenated buckets
+            mask = None if bool(inside.all()) else inside[:, None, None].to(cu_seqlens.device)
+            context = visible = None
+            if longest:
+                ahead = torch.arange(longest)
+                context = torch.cat([firsts + torch.minimum(ahead, counts - 1), rows], dim=1).to(cu_seqlens.device)
+                seen = (ahead < counts)[:, None].expand(-1, width, -1)
+                causal = (columns <= columns[:, None]).expand(len(members), -1, -1)
+                visible = torch.cat([seen, causal], dim=2)[:, None].to(cu_seqlens.device)
+            self.buckets.append(_Bucket(rows.to(cu_seqlens.device), mask, context, visible))
+        self.restore = restore.to(cu_seqlens.device)  # [T], place of each token in the concatenated buckets
 
 
 @dataclass
 class PackedSequences(PackedSeqParams):
-    """``PackedSeqParams`` that also keep what our attention derives from them."""
+    """``PackedSeqParams`` that also know shared prompts, and keep what our attention derives from them."""
+
+    parents: Tensor | None = None
 
     @cached_property
     def layout(self) -> SequenceLayout:
-        return SequenceLayout(self.cu_seqlens_q)
+        return SequenceLayout(self.cu_seqlens_q, self.parents)
 
 
-def packed_sequences(cu_seqlens: Tensor, *, transformer_impl: str = "local") -> PackedSeqParams:
+def packed_sequences(
+    cu_seqlens: Tensor, parents: Tensor | None = None, *, transformer_impl: str = "local"
+) -> PackedSeqParams:
     """Describe T tokens packed end to end to a Megatron-Core layer; cu_seqlens: [S + 1] int32 from 0 to T.
 
-    Rotary frequencies passed beside it are per token ([T, 1, 1, D]).
+    parents: [S] int32, the sequence whose tokens each one also attends to, as if they stood before it, or -1; a parent
+    has no parent. Rotary frequencies passed beside it are per token ([T, 1, 1, D]).
     """
     lengths = cu_seqlens.diff()
     longest = int(lengths.max())
@@ -95,6 +114,7 @@ def packed_sequences(cu_seqlens: Tensor, *, transformer_impl: str = "local") -> 
         cu_seqlens_kv=cu_seqlens,
         max_seqlen_q=longest,
         max_seqlen_kv=longest,
+        parents=parents,
         **whole,
     )
 
@@ -108,6 +128,11 @@ def sdpa_packed(
         return _sdpa(q, k, v, None, scale, causal).flatten(0, 1)
     outputs = []
     for bucket in layout.buckets:
+        if bucket.context is not None:
+            assert causal
+            q, k, v = query[bucket.rows], key[bucket.context], value[bucket.context]
+            outputs.append(_sdpa(q, k, v, bucket.visible, scale, False).flatten(0, 1))
+            continue
         q, k, v = (t[bucket.rows] for t in (query, key, value))
         # padding is behind the tokens, where causal attention does not look
         outputs.append(_sdpa(q, k, v, None if causal else bucket.mask, scale, causal).flatten(0, 1))
@@ -183,7 +208,8 @@ class TorchAttention(MegatronModule):
         causal = (attn_mask_type or self.attn_mask_type) in (AttnMaskType.causal, AttnMaskType.padding_causal)
         varlen = self.backend == "varlen"
         if self.backend == "auto":
-            varlen = query.is_cuda and query.dtype in (torch.bfloat16, torch.float16)
+            flash = query.is_cuda and query.dtype in (torch.bfloat16, torch.float16)
+            varlen = flash and packed_seq_params.parents is None
         if varlen:
             output = varlen_packed(query, key, value, packed_seq_params, scale=self.scale, causal=causal)
         else:

@@ -19,6 +19,7 @@ class MicroBatch:
     tokens: Tensor  # [1, T] int64
     position_ids: Tensor  # [3, 1, T] int64
     cu_seqlens: Tensor  # [S + 1] int32
+    parents: Tensor | None  # [S] int32, see PackedBatch; None: no sequence has one
     pixel_values: Tensor | None  # [P, E] float32 of the distinct images; None without images or past the first stage
     grids: Tensor | None  # [I, 3] int64 of the distinct images
     image_index: Tensor | None  # [J] int64, which distinct image each of the J placeholders shows
@@ -54,6 +55,7 @@ def to_device(
         tokens=tensor(batch.tokens)[None],
         position_ids=tensor(batch.position_ids)[:, None],
         cu_seqlens=tensor(batch.cu_seqlens),
+        parents=tensor(batch.parents) if (batch.parents >= 0).any() else None,
         pixel_values=pixels,
         grids=grids,
         image_index=image_index,

@@ -187,7 +187,7 @@ class PolicyWorker:
 
         def forward(iterator: Iterator[MicroBatch], module: torch.nn.Module) -> tuple[Tensor, Callable]:
             m = next(iterator)
-            output = module(m.tokens, m.position_ids, m.cu_seqlens, m.pixel_values, m.grids, m.image_index)
+            output = module(m.tokens, m.position_ids, m.cu_seqlens, m.pixel_values, m.grids, m.image_index, m.parents)
             return output, partial(after, model, m)
 
         return get_forward_backward_func()(

@@ -29,17 +29,44 @@ def sample(length, *, group=0, image=None, start=0):
 
 def test_every_stream_speaks_of_the_token_that_is_predicted():
     batch = pack([sample(4, start=10), sample(7, start=20, image=b"x")], packing(pad_token_id=99))
-    # 3 + 6 tokens are read; padded to 4 + 8
-    np.testing.assert_array_equal(batch.tokens, [10, 11, 12, 13, 20, 21, 22, 23, 24, 25, 26, 99])
-    np.testing.assert_array_equal(batch.labels, [11, 12, 13, 99, 21, 22, 23, 24, 25, 26, 99, 99])
-    np.testing.assert_array_equal(batch.loss_weights, [0, 0.5, 0.5, 0, 0, 0.5, 0.5, 0.5, 0.5, 0.5, 0, 0])
+    # 3 + 6 tokens are read; padded to 12
+    np.testing.assert_array_equal(batch.tokens, [10, 11, 12, 20, 21, 22, 23, 24, 25, 99, 99, 99])
+    np.testing.assert_array_equal(batch.labels, [11, 12, 13, 21, 22, 23, 24, 25, 26, 99, 99, 99])
+    np.testing.assert_array_equal(batch.loss_weights, [0, 0.5, 0.5, 0, 0.5, 0.5, 0.5, 0.5, 0.5, 0, 0, 0])
     np.testing.assert_array_equal(batch.advantages, batch.loss_weights * 4)
-    np.testing.assert_array_equal(batch.rollout_logprobs, [0, -2, -3, 0, 0, -2, -3, -4, -5, -6, 0, 0])
-    np.testing.assert_array_equal(batch.cu_seqlens, [0, 4, 12])
-    np.testing.assert_array_equal(batch.sequence_ids, [0] * 4 + [1] * 8)
-    np.testing.assert_array_equal(batch.position_ids, [[0, 1, 2, 3, *range(100, 108)]])
+    np.testing.assert_array_equal(batch.rollout_logprobs, [0, -2, -3, 0, -2, -3, -4, -5, -6, 0, 0, 0])
+    np.testing.assert_array_equal(batch.cu_seqlens, [0, 3, 9, 12])
+    np.testing.assert_array_equal(batch.parents, [-1, -1, -1])
+    np.testing.assert_array_equal(batch.sequence_ids, [0] * 3 + [1] * 6 + [2] * 3)
+    np.testing.assert_array_equal(batch.position_ids, [[0, 1, 2, *range(100, 106), 0, 1, 2]])
     assert batch.num_actions == 7
     assert batch.media.images == [b"x"]
+
+
+def test_a_shared_prompt_is_laid_out_once():
+    first, second, other = sample(4, start=10, image=b"x"), sample(6, start=10), sample(5, group=1, start=30)
+    second.prompt, second.media = first.prompt, first.media
+    batch = pack([first, second, other], packing(multiple=1, share_prompts=True))
+    # of the prompt 10 11, the last token is read by each sample
+    np.testing.assert_array_equal(batch.tokens, [10, 11, 12, 11, 12, 13, 14, 30, 31, 32, 33])
+    np.testing.assert_array_equal(batch.labels, [11, 12, 13, 12, 13, 14, 15, 31, 32, 33, 34])
+    np.testing.assert_array_equal(batch.loss_weights, [0, *[0.5] * 6, 0, *[0.5] * 3])
+    np.testing.assert_array_equal(batch.rollout_logprobs, [0, -2, -3, -2, -3, -4, -5, 0, -2, -3, -4])
+    np.testing.assert_array_equal(batch.cu_seqlens, [0, 1, 3, 7, 11])
+    np.testing.assert_array_equal(batch.parents, [-1, 0, 0, -1])
+    np.testing.assert_array_equal(batch.position_ids, [[100, 101, 102, 101, 102, 103, 104, 0, 1, 2, 3]])
+    assert batch.media.images == [b"x"]
+
+
+def test_bins_are_filled_by_what_sharing_leaves():
+    samples = [sample(12) for _ in range(8)]  # prompts of 2 tokens
+    for s in samples:
+        s.prompt, s.media, s.loss_mask = samples[0].prompt, samples[0].media, np.arange(12) >= 9
+    tokens = {share: packing(max_tokens=33, multiple=1, share_prompts=share) for share in (False, True)}
+    assert [len(rank) for rank in assign_to_bins(samples, tokens[False], 1)] == [3]
+    (bins,) = assign_to_bins(samples, tokens[True], 1)  # 8 + 8 x 3 tokens
+    assert bins == [list(range(8))]
+    assert len(pack([samples[i] for i in bins[0]], tokens[True]).tokens) == 32
 
 
 def test_an_empty_bin_weighs_nothing():
@@ -78,5 +105,5 @@ def test_fewer_samples_than_ranks_and_none_at_all():
 
 
 def test_a_sample_that_fits_no_bin_is_named():
-    with pytest.raises(ValueError, match=r"t/train/7: 100 tokens.*trainer\.max_tokens_per_microbatch=64"):
+    with pytest.raises(ValueError, match=r"t/train/7: 99 tokens.*trainer\.max_tokens_per_microbatch=64"):
         assign_to_bins([sample(100, group=7)], packing(), 1)

@@ -49,6 +49,30 @@ def test_equals_naive(lengths, causal, heads, groups):
         torch.testing.assert_close(ours, expected)
 
 
+@pytest.mark.parametrize("order", [[0, 1, 2, 3, 4, 5], [0, 3, 1, 2, 5, 4]])
+def test_a_sequence_behind_a_parent_attends_to_it(order):
+    """Parents 0 and 3, children 1, 2 (of 0) and 4 (of 3), and 5 alone; in any order in which they are packed."""
+    torch.manual_seed(0)
+    lengths, family = [7, 3, 5, 12, 2, 9], {1: 0, 2: 0, 4: 3}
+    pieces = {i: [torch.randn(n, h, 8, dtype=torch.float64) for h in (6, 2, 2)] for i, n in enumerate(lengths)}
+    weights = {i: torch.randn(n, 6, 8, dtype=torch.float64) for i, n in enumerate(lengths)}
+    leaves = [t.requires_grad_() for piece in pieces.values() for t in piece]
+    loss = 0.0
+    for i in pieces:  # each with its parent's tokens in front, the parent's part not counted again
+        line = [family[i], i] if i in family else [i]
+        q, k, v = (torch.cat(parts) for parts in zip(*(pieces[j] for j in line), strict=True))
+        output = naive(q, k, v, torch.tensor([0, len(q)]), scale=0.3, causal=True)
+        loss = loss + (output[-lengths[i] :] * weights[i]).sum()
+    expected = torch.autograd.grad(loss, leaves)
+    cu_seqlens = torch.tensor([0, *(lengths[i] for i in order)]).cumsum(0).int()
+    parents = torch.tensor([order.index(family[i]) if i in family else -1 for i in order])
+    q, k, v = (torch.cat(parts) for parts in zip(*(pieces[i] for i in order), strict=True))
+    output = sdpa_packed(q, k, v, packed_sequences(cu_seqlens, parents).layout, scale=0.3, causal=True)
+    ours = torch.autograd.grad((output * torch.cat([weights[i] for i in order])).sum(), leaves)
+    for theirs, mine in zip(expected, ours, strict=True):
+        torch.testing.assert_close(mine, theirs)
+
+
 def test_padding_is_less_than_half():
     lengths = [3, 100, 65, 9, 1, 130, 250]
     layout = packed_sequences(torch.tensor([0, *lengths]).cumsum(0).int()).layout

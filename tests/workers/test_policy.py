@@ -27,7 +27,7 @@ LAYOUTS = {
 }
 
 
-def config_of(path, parallel, world_size):
+def config_of(path, parallel, world_size, share_prompts):
     return RunConfig(
         model=ModelConfig(path=str(path)),
         parallel=parallel,
@@ -35,7 +35,7 @@ def config_of(path, parallel, world_size):
         data=DataConfig(prompts_per_step=3),
         tasks={"digits": TaskConfig(path="megarl.tasks.digits:Digits", kwargs={"order": "random"})},
         algorithm=AlgorithmConfig(kl_coef=0.1, entropy_coef=0.01, num_minibatches=2),
-        trainer=TrainerConfig(ranks_per_node=world_size, max_tokens_per_microbatch=128),
+        trainer=TrainerConfig(ranks_per_node=world_size, max_tokens_per_microbatch=128, share_prompts=share_prompts),
     )
 
 
@@ -65,7 +65,7 @@ def samples_of(config, processor):
     return samples
 
 
-def train_once(path, parallel, world_size):
+def train_once(path, parallel, world_size, share_prompts):
     """On a rank: load, score, train, export; the totals of ranks that speak and the weights of rank 0."""
     import torch.distributed as dist
 
@@ -74,7 +74,7 @@ def train_once(path, parallel, world_size):
     from megarl.data.packing import Packing, pack_bins
     from megarl.workers.policy import PolicyWorker
 
-    config = config_of(path, parallel, world_size)
+    config = config_of(path, parallel, world_size, share_prompts)
     worker = PolicyWorker(config, dist.get_rank())
     worker.prepare()
     worker.build(str(path), trainable=True)
@@ -108,18 +108,26 @@ def one_rank(model, pool):
     return run(model, pool, "one rank")
 
 
-def run(model, pool, layout):
+def run(model, pool, layout, share_prompts=False):
     from megarl.workers.group import merge
 
     world_size, parallel = LAYOUTS[layout]
-    results = pool.run(train_once, world_size, model, parallel, world_size)
+    results = pool.run(train_once, world_size, model, parallel, world_size, share_prompts)
     return merge([totals for totals, _ in results if totals is not None]), results[0][1]
 
 
 @pytest.mark.parametrize("layout", list(LAYOUTS)[1:])
 def test_a_step_does_not_depend_on_the_layout(model, pool, one_rank, layout):
-    expected_metrics, expected = one_rank
-    metrics, weights = run(model, pool, layout)
+    assert_same_step(run(model, pool, layout), one_rank)
+
+
+@pytest.mark.parametrize("layout", ["one rank", "tp2 sp", "dp2", "tp2 pp2"])
+def test_a_step_does_not_depend_on_shared_prompts(model, pool, one_rank, layout):
+    assert_same_step(run(model, pool, layout, share_prompts=True), one_rank)
+
+
+def assert_same_step(result, one_rank):
+    (metrics, weights), (expected_metrics, expected) = result, one_rank
     assert metrics.keys() == expected_metrics.keys()
     for name, value in expected_metrics.items():
         assert metrics[name] == pytest.approx(value, rel=1e-4, abs=1e-6), name

@@ -137,13 +137,15 @@ class QwenVLModel(MegatronModule):
         pixel_values: Tensor | None = None,
         grids: Tensor | None = None,
         image_index: Tensor | None = None,
+        parents: Tensor | None = None,
     ) -> Tensor:
         """Hidden states [T, H] after the final norm on the last stage, elsewhere what the next stage takes.
 
         tokens: [1, T] int64; position_ids: [3, 1, T]; cu_seqlens: [S + 1] int32 from 0 to T, and T a multiple of the
         tensor-parallel size under sequence parallelism. pixel_values: [P, E] and grids: [I, 3], or None without
         images; only the first stage reads them. image_index: [J] int64, the image of each of the J places for one,
-        when images are shown more than once; None: each once, in order. Every rank of the model-parallel group calls
+        when images are shown more than once; None: each once, in order. parents: [S] int32, the sequence that each
+        continues, or -1; None: no sequence continues another. Every rank of the model-parallel group calls
         it; a microbatch without images runs the tower on a blank patch of weight zero.
         """
         embeddings = None
@@ -154,7 +156,7 @@ class QwenVLModel(MegatronModule):
             position_ids,
             None,
             decoder_input=embeddings,
-            packed_seq_params=packed_sequences(cu_seqlens, transformer_impl=self.transformer_impl),
+            packed_seq_params=packed_sequences(cu_seqlens, parents, transformer_impl=self.transformer_impl),
         )
         return hidden[:, 0] if self.post_process else hidden
 
