@@ -38,7 +38,8 @@ class WeightSync:
         banned_token_ids: Sequence[int],
     ) -> None:
         self.config, self.workers, self.packing, self.canary = config, workers, packing, canary
-        self.banned_token_ids = list(banned_token_ids)
+        # an engine has its own names for image placeholders, and nothing precedes the first token
+        self.scored = ~np.isin(canary.tokens, list(banned_token_ids)) & (np.arange(len(canary.tokens)) > 0)
         self.version = -1
         self.digest: dict[str, str] = {}  # checksums of the last version that was sent
         tolerance = config.weight_sync.canary_tolerance
@@ -66,12 +67,21 @@ class WeightSync:
         transport = self.config.weight_sync.transport
         sent = self._send_files(engines, version) if transport == "disk" else self._send_tensors(engines, version)
         metrics = {"sync/tensors": float(len(sent))}
-        if self.config.weight_sync.verify:
-            for index, held in enumerate(ray.get([engine.checksums.remote() for engine in engines])):
-                _compare(f"engine {index}", version, sent, held)
+        checks, canary = self.config.weight_sync.verify, self.config.weight_sync.canary
+        held = [engine.checksums.remote() for engine in engines] if checks else []
+        theirs = [engine.score.remote(self.canary.tokens, self.canary.media) for engine in engines] if canary else []
+        ours = self._score_canary() if canary else None  # at the same time as the engines
+        for index, checksums in enumerate(ray.get(held)):
+            _compare(f"engine {index}", version, sent, checksums)
             metrics["sync/verified_tensors"] = float(len(sent))
-        if self.config.weight_sync.canary:
-            metrics["sync/canary_abs_diff"] = self._score_canary(engines, version)
+        for index, scored in enumerate(ray.get(theirs)):
+            difference = float(np.abs(ours - np.asarray(scored)[self.scored[1:]]).max())
+            if not difference <= self.tolerance:
+                raise WeightSyncError(
+                    f"engine {index} with version {version} scores the canary prompt {self.canary.prompt.id} "
+                    f"differently: max |log-prob difference| {difference:.3g} > {self.tolerance:.3g}"
+                )
+            metrics["sync/canary_abs_diff"] = max(difference, metrics.get("sync/canary_abs_diff", 0.0))
         return sent, metrics
 
     def _send_tensors(self, engines: list[ActorHandle], version: int) -> dict[str, str]:
@@ -91,34 +101,20 @@ class WeightSync:
         shutil.rmtree(directory)
         return sent
 
-    def _score_canary(self, engines: list[ActorHandle], version: int) -> float:
-        """Largest |difference| of the log-probs of the canary's tokens between the trainer and any engine."""
+    def _score_canary(self) -> np.ndarray:
+        """The trainer's log-probs of the canary's tokens where ``scored``."""
         tokens = self.canary.tokens
-        scored = ~np.isin(tokens, self.banned_token_ids)  # an engine has its own names for image placeholders
-        scored[0] = False
         sample = Sample(
             prompt=self.canary.prompt,
             group_id=0,
-            loss_mask=scored,
+            loss_mask=self.scored,
             rollout_logprobs=np.zeros(len(tokens), np.float32),
-            loss_weights=scored.astype(np.float32),
+            loss_weights=self.scored.astype(np.float32),
             tokens=tokens,
             media=self.canary.media,
         )
-        batch = pack([sample], self.packing)
-        empty = pack([], self.packing)
-        bins = [[batch]] + [[empty]] * (self.workers.data_parallel_size - 1)
-        ours = self.workers.logprobs(bins, temperature=1.0, ban=False)[0][0]
-        worst = 0.0
-        for index, theirs in enumerate(ray.get([e.score.remote(tokens, self.canary.media) for e in engines])):
-            difference = float(np.abs(ours - np.asarray(theirs)[scored[1:]]).max())
-            if not difference <= self.tolerance:
-                raise WeightSyncError(
-                    f"engine {index} with version {version} scores the canary prompt {self.canary.prompt.id} "
-                    f"differently: max |log-prob difference| {difference:.3g} > {self.tolerance:.3g}"
-                )
-            worst = max(worst, difference)
-        return worst
+        bins = [[pack([sample], self.packing)]] + [[pack([], self.packing)]] * (self.workers.data_parallel_size - 1)
+        return self.workers.logprobs(bins, temperature=1.0, ban=False)[0][0]
 
 
 def _compare(engine: str, version: int, sent: dict[str, str], held: dict[str, str]) -> None:

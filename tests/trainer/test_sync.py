@@ -1,0 +1,120 @@
+"""What a sync refuses: engines that hold, or compute, something else than the trainer."""
+
+import numpy as np
+import pytest
+import ray
+
+from megarl.config import RunConfig
+from megarl.data.packing import Packing
+from megarl.trainer.sync import WeightSync, WeightSyncError
+from megarl.types import EncodedPrompt, Media, Prompt
+
+TOKENS = np.array([1, 7, 9, 2], np.int32)  # 9: a placeholder
+
+
+@ray.remote(num_cpus=0)
+class Engine:
+    """Holds checksums; ``loses`` names tensors that never arrive, ``skews`` moves its log-probs."""
+
+    def __init__(self, loses=(), skews=0.0):
+        self.held, self.loses, self.skews = {"a": "0", "b": "0"}, loses, skews
+
+    def take(self, checksums):
+        self.held |= {name: value for name, value in checksums.items() if name not in self.loses}
+
+    def checksums(self):
+        return self.held
+
+    def score(self, tokens, media):
+        return np.array([-1.0, 0.0, -3.0]) + self.skews
+
+
+@ray.remote(num_cpus=0)
+class Rank:
+    def __init__(self):
+        self.weights = {"a": "1", "b": "1"}
+
+    def step(self):
+        self.weights = {name: value + "1" for name, value in self.weights.items()}
+
+    def send_weights(self, engines, version, final):
+        ray.get([engine.take.remote(self.weights) for engine in engines])
+        return self.weights
+
+
+class Workers:
+    """One rank, as ``WorkerGroup`` would drive it."""
+
+    data_parallel_size = 1
+
+    def __init__(self):
+        self.rank = Rank.remote()
+
+    def exporters(self):
+        return [[self.rank]]
+
+    def gather(self, refs):
+        return ray.get(refs)
+
+    def logprobs(self, bins, *, temperature, ban):
+        assert bins[0][0].num_actions == 2  # 7 and 2, not the placeholder
+        return [[np.array([-1.0, -3.0])]]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def cluster():
+    if ray.is_initialized():
+        yield
+        return
+    ray.init(num_cpus=1, include_dashboard=False, object_store_memory=100 << 20, log_to_driver=False)
+    yield
+    ray.shutdown()
+
+
+@pytest.fixture
+def sync():
+    def positions(tokens, grids):
+        return np.arange(len(tokens))[None]
+
+    return WeightSync(
+        RunConfig(),
+        Workers(),
+        packing=Packing(64, 64, 1, positions),
+        canary=EncodedPrompt(Prompt("t/eval/0", "t", []), TOKENS, Media()),
+        banned_token_ids=[9],
+    )
+
+
+def test_what_arrived_is_counted_and_compared(sync):
+    engines = [Engine.remote(), Engine.remote()]
+    metrics = sync.push(engines, 0, must_change=False)
+    assert metrics == {"sync/tensors": 2, "sync/verified_tensors": 2, "sync/canary_abs_diff": 0}
+    ray.get(sync.workers.rank.step.remote())
+    assert sync.push(engines, 1, must_change=True) == metrics
+
+
+def test_weights_that_did_not_change_after_a_step_are_an_error(sync):
+    engines = [Engine.remote()]
+    sync.push(engines, 0, must_change=False)
+    sync.push(engines, 1, must_change=False)
+    with pytest.raises(WeightSyncError, match=r"step 2: no tensor changed since version 1"):
+        sync.push(engines, 2, must_change=True)
+
+
+def test_an_engine_restarted_after_the_step_does_not_hide_the_change(sync):
+    engines = [Engine.remote()]
+    sync.push(engines, 0, must_change=False)
+    ray.get(sync.workers.rank.step.remote())
+    sync.resend(engines)
+    sync.push(engines, 1, must_change=True)
+
+
+def test_a_tensor_that_did_not_arrive_is_named(sync):
+    engines = [Engine.remote(), Engine.remote(loses=["b"])]
+    with pytest.raises(WeightSyncError, match=r"engine 1 does not hold version 0: 1 tensors differ \(b\)"):
+        sync.push(engines, 0, must_change=False)
+
+
+def test_the_canary_sees_a_model_that_computes_something_else(sync):
+    with pytest.raises(WeightSyncError, match=r"engine 0 with version 0 scores the canary prompt t/eval/0 .* 0\.01"):
+        sync.push([Engine.remote(skews=0.01)], 0, must_change=False)
