@@ -6,7 +6,6 @@ rest of a decoding step when they are short. This one gathers the batch's keys a
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -57,19 +56,19 @@ class BatchedTorchAttention(TorchNativeAttnBackend):
     """``torch_native`` without the loop, where attention is causal and there is neither an encoder nor a window."""
 
     def _run_sdpa_forward_decode(self, *args: Any, **options: Any) -> Tensor:
-        one_by_one, seq_lens = super()._run_sdpa_forward_decode, args[6]
-        return self._run(one_by_one, torch.ones_like(seq_lens), True, *args, **options)
+        output = _batched(args, options, torch.ones_like(args[6]), is_causal=True)
+        return super()._run_sdpa_forward_decode(*args, **options) if output is None else output
 
     def _run_sdpa_forward_extend(self, *args: Any, **options: Any) -> Tensor:
-        one_by_one, extend_seq_lens = super()._run_sdpa_forward_extend, args[8]
-        return self._run(one_by_one, extend_seq_lens, options["causal"], *args, **options)
+        output = _batched(args, options, args[8], is_causal=options["causal"])
+        return super()._run_sdpa_forward_extend(*args, **options) if output is None else output
 
-    def _run(
-        self, one_by_one: Callable[..., Tensor], query_lens: Tensor, causal: bool, *args: Any, **options: Any
-    ) -> Tensor:
-        query, output, k_cache, v_cache, req_to_token, req_pool_indices, seq_lens = args[:7]
-        encoder_lens = args[-1]
-        if encoder_lens is not None or options["sliding_window_size"] is not None or not causal:
-            return one_by_one(*args, **options)
-        slots = req_to_token[req_pool_indices, : seq_lens.max()]
-        return output.copy_(paged_attention(query, k_cache, v_cache, slots, query_lens, seq_lens, options["scaling"]))
+
+def _batched(args: tuple[Any, ...], options: dict[str, Any], query_lens: Tensor, *, is_causal: bool) -> Tensor | None:
+    """The output of SGLang's ``_run_sdpa_forward_*`` with these arguments, or None where this module has no say."""
+    query, output, k_cache, v_cache, req_to_token, req_pool_indices, seq_lens = args[:7]
+    encoder_lens = args[-1]
+    if encoder_lens is not None or options["sliding_window_size"] is not None or not is_causal:
+        return None
+    slots = req_to_token[req_pool_indices, : seq_lens.max()]
+    return output.copy_(paged_attention(query, k_cache, v_cache, slots, query_lens, seq_lens, options["scaling"]))
