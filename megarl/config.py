@@ -8,6 +8,7 @@ An experiment is a Python file that defines ``config`` (a ``RunConfig``, or a fu
 from __future__ import annotations
 
 import difflib
+import math
 import sys
 import typing
 from dataclasses import dataclass, field
@@ -32,13 +33,13 @@ def check_choice(key: str, value: str, choices: typing.Iterable[str]) -> None:
 
 def _check_positive(section: str, config: Any, *names: str) -> None:
     for name in names:
-        if getattr(config, name) <= 0:
+        if not 0 < getattr(config, name) < math.inf:
             raise ValueError(f"{section}.{name}={getattr(config, name)} must be positive")
 
 
 def _check_not_negative(section: str, config: Any, *names: str) -> None:
     for name in names:
-        if getattr(config, name) < 0:
+        if not 0 <= getattr(config, name) < math.inf:
             raise ValueError(f"{section}.{name}={getattr(config, name)} must not be negative")
 
 
@@ -60,6 +61,7 @@ class ModelConfig:
         check_choice("model.transformer_impl", self.transformer_impl, ["local", "transformer_engine"])
         check_choice("model.attention_backend", self.attention_backend, ["auto", "sdpa", "varlen"])
         check_choice("model.recompute", self.recompute, ["none", "full"])
+        _check_not_negative("model", self, "min_pixels", "max_pixels")
         for part in self.freeze:
             check_choice("model.freeze", part, ["vision_tower", "projector", "decoder"])
 
@@ -98,6 +100,8 @@ class OptimizerConfig:
         check_choice("optimizer.lr_decay_style", self.lr_decay_style, ["constant", "linear", "cosine"])
         _check_not_negative("optimizer", self, "lr", "min_lr", "lr_warmup_steps", "weight_decay")
         _check_positive("optimizer", self, "eps", "clip_grad")
+        if not all(0 <= beta < 1 for beta in self.betas):
+            raise ValueError(f"optimizer.betas={tuple(self.betas)} must lie in [0, 1)")
 
 
 @dataclass
@@ -134,6 +138,7 @@ class RewardConfig:
     def __post_init__(self) -> None:
         check_choice("rewards.on_error", self.on_error, ["raise", "drop"])
         _check_positive("rewards", self, "timeout_s")
+        _check_not_negative("rewards", self, "num_workers")
 
 
 @dataclass
@@ -153,10 +158,10 @@ class RolloutConfig:
 
     def __post_init__(self) -> None:
         _check_positive("rollout", self, "group_size", "max_new_tokens", "num_engines", "tensor_parallel_size")
-        _check_positive("rollout", self, "timeout_s")
+        _check_positive("rollout", self, "timeout_s", "temperature")
         _check_not_negative("rollout", self, "eval_temperature", "max_restarts")
-        if self.temperature <= 0:
-            raise ValueError(f"rollout.temperature={self.temperature} must be positive: a policy is sampled")
+        if self.top_k == 0 or self.top_k < -1:
+            raise ValueError(f"rollout.top_k={self.top_k} must be positive, or -1 for all tokens")
         if not 0 < self.top_p <= 1:
             raise ValueError(f"rollout.top_p={self.top_p} must lie in (0, 1]")
         if self.dtype:
@@ -197,6 +202,8 @@ class AlgorithmConfig:
     def __post_init__(self) -> None:
         _check_positive("algorithm", self, "num_minibatches", "num_epochs")
         _check_not_negative("algorithm", self, "clip_ratio_low", "clip_ratio_high", "clip_ratio_dual", "kl_coef")
+        if not math.isfinite(self.entropy_coef):
+            raise ValueError(f"algorithm.entropy_coef={self.entropy_coef} must be a number")
 
 
 @dataclass
@@ -267,6 +274,8 @@ class RunConfig:
     debug: DebugConfig = field(default_factory=DebugConfig)
 
     def __post_init__(self) -> None:
+        if not 0 <= self.seed < 1 << 31:
+            raise ValueError(f"seed={self.seed} must lie in [0, 2^31)")
         implementation, backend = self.model.transformer_impl, self.model.attention_backend
         if self.trainer.share_prompts and (implementation != "local" or backend == "varlen"):
             raise ValueError(

@@ -60,7 +60,7 @@ def read_config(directory: str | Path) -> PretrainedConfig:
         raise CheckpointError(f"{directory}: not a Hugging Face model directory: it has no config.json")
     try:
         return AutoConfig.from_pretrained(directory, trust_remote_code=False)
-    except (ValueError, KeyError, json.JSONDecodeError) as error:
+    except (ValueError, KeyError, OSError) as error:  # json.JSONDecodeError is a ValueError
         raise CheckpointError(f"{directory}/config.json: {str(error).splitlines()[0]}") from error
 
 

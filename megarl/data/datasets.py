@@ -80,6 +80,13 @@ class Row:
                 raise ValueError(f"{self.where}: {key}[{number}] is not a message with role and content")
             if not isinstance(message["content"], str | list):
                 raise ValueError(f"{self.where}: {key}[{number}].content is neither a text nor a list of parts")
+            for place, part in enumerate(message["content"] if isinstance(message["content"], list) else []):
+                kind = part.get("type") if isinstance(part, dict) else None
+                if kind != "image" and not (kind == "text" and isinstance(part.get("text"), str)):
+                    raise ValueError(
+                        f"{self.where}: {key}[{number}].content[{place}] is neither "
+                        '{"type": "text", "text": ...} nor {"type": "image"}'
+                    )
         return prompt
 
     def _images(self, key: str) -> list[bytes]:
@@ -120,10 +127,11 @@ def _place_images(messages: list[Message], num_images: int, where: str, key: str
 
 
 def _parts(content: str | list[dict[str, Any]]) -> list[dict[str, Any]]:
-    if isinstance(content, list):
-        # A parquet struct has every field of every part, absent ones as None.
-        return [{key: value for key, value in part.items() if value is not None} for part in content]
     parts: list[dict[str, Any]] = []
+    if isinstance(content, list):
+        for part in content:
+            parts += _parts(part["text"]) if part["type"] == "text" else [{"type": "image"}]
+        return parts
     for number, text in enumerate(content.split(IMAGE)):
         parts += [{"type": "image"}] if number else []
         parts += [{"type": "text", "text": text}] if text else []
@@ -151,7 +159,7 @@ def _read_jsonl(path: Path) -> list[Row]:
                 continue
             try:
                 values = json.loads(line)
-            except ValueError as error:  # also bytes that are not UTF-8
+            except (ValueError, RecursionError) as error:  # also bytes that are not UTF-8
                 raise ValueError(f"{path}:{number}: not JSON: {error}") from error
             if not isinstance(values, dict):
                 raise ValueError(f"{path}:{number}: a row is an object, not {type(values).__name__}")
@@ -165,6 +173,6 @@ def _read_parquet(path: Path) -> list[Row]:
 
     try:
         table = pyarrow.parquet.read_table(path)
-    except pyarrow.ArrowException as error:
+    except (pyarrow.ArrowException, OSError) as error:
         raise ValueError(f"{path}: not a parquet file: {error}") from error
     return [Row(values, f"{path}:{number}", path.parent) for number, values in enumerate(table.to_pylist(), start=1)]

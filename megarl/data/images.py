@@ -46,6 +46,8 @@ def image_size(data: bytes, max_pixels: int) -> tuple[int, int]:
 def check_image(data: bytes, max_pixels: int) -> None:
     """Raise unless the whole image can be decoded; JPEGs are decoded at an eighth of their size, which is cheaper."""
     image, _ = _open(data, max_pixels)
+    if image.mode in ("F", "I"):
+        decode_image(data, max_pixels)
     image.draft("RGB", (max(1, image.width // 8), max(1, image.height // 8)))
     _load(image)
 
@@ -56,6 +58,8 @@ def decode_image(data: bytes, max_pixels: int) -> Image.Image:
     _load(image)
     if orientation in _TRANSPOSES:
         image = image.transpose(_TRANSPOSES[orientation])
+    if image.mode in ("F", "I"):
+        raise ValueError(f"cannot tell black from white in an image of mode {image.mode}: save it with 8 or 16 bits")
     if image.mode.startswith("I;16"):  # Pillow's conversion would clip everything above 255 to white
         image = Image.fromarray((np.asarray(image).astype(np.uint16) >> 8).astype(np.uint8))
     if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
 from concurrent.futures import Future
 
@@ -10,6 +11,8 @@ from megarl.rollout.manager import RolloutManager
 from megarl.types import EncodedPrompt, Sample
 
 Progress = Callable[[int, int], None]  # finished prompts, all prompts
+
+logger = logging.getLogger(__name__)
 
 SEED_STRIDE = 1 << 32  # between the seeds of two runs; steps count up from a run's, evaluations down
 
@@ -27,7 +30,7 @@ def generate_rewarded(
 ) -> tuple[list[Sample], int]:
     """``group_size`` samples of each prompt with their rewards, and how many were dropped for want of one.
 
-    Raises ``RewardError`` unless ``rewards.on_error`` is drop.
+    Raises ``RewardError`` unless ``rewards.on_error`` is drop, and when nothing would be left.
     """
     pending: dict[int, Future[Score]] = {}
 
@@ -49,4 +52,9 @@ def generate_rewarded(
         if score.error is None:
             sample.rewards, sample.reward = score.rewards, score.rewards["score"]
             kept.append(sample)
-    return kept, len(samples) - len(kept)
+    errors = [score.error for score in scores if score.error is not None]
+    if errors:
+        logger.warning("%d of %d samples are dropped; the first: %s", len(errors), len(samples), errors[0])
+        if not kept:
+            raise errors[0]
+    return kept, len(errors)

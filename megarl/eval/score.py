@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 from dataclasses import replace
 from pathlib import Path
@@ -26,8 +27,10 @@ def score_file(config: RunConfig, checkpoint: Path, data: Path, out: Path, *, te
 
     ``checkpoint`` is a Hugging Face directory or a megarl checkpoint. ``out`` appears when it is complete.
     """
-    if temperature <= 0:
+    if not 0 < temperature < math.inf:
         raise ValueError(f"--temperature={temperature} must be positive")
+    if not out.parent.is_dir():
+        raise FileNotFoundError(f"--out={out}: no directory {out.parent}")
     is_megatron = (checkpoint / "manifest.json").is_file()
     hf_dir = checkpoint / "hf" if is_megatron else checkpoint
     config = replace(config, model=replace(config.model, path=str(hf_dir)))
@@ -62,11 +65,16 @@ def to_sample(row: Row, processor: Processor) -> Sample:
     if len(given) != 1:
         raise ValueError(f"{row.where}: a row has either a response or response_ids")
     prompt = row.prompt(row.where, "score", DataConfig(target_key=given[0]))
+    words = given == ["response"]
+    if words != isinstance(prompt.target, str) or not (words or isinstance(prompt.target, list)):
+        raise ValueError(f"{row.where}: {given[0]} is {type(prompt.target).__name__}")
     encoded = processor.encode(prompt)
     ids = prompt.target if given == ["response_ids"] else processor.encode_response(prompt.target)
     vocab_size = len(processor.tokenizer)
     if not len(ids) or not all(isinstance(i, int | np.integer) and 0 <= i < vocab_size for i in ids):
         raise ValueError(f"{row.where}: response_ids must be a list of ids from 0 to {vocab_size - 1}, at least one")
+    if processor.image_token_id in ids:
+        raise ValueError(f"{row.where}: a response shows no image, but has the token {processor.image_token_id}")
     tokens = np.concatenate([encoded.tokens, np.asarray(ids)]).astype(np.int32)
     responded = np.arange(len(tokens)) >= len(encoded.tokens)
     return Sample(

@@ -11,34 +11,33 @@ from megarl.config import RunConfig
 from megarl.eval.score import score_file
 from megarl.launch.cluster import cluster
 from megarl.trainer.rl import RLTrainer
-from megarl.trainer.run import Run
+from megarl.trainer.run import Run, check
 from megarl.trainer.sft import SFTTrainer
-from megarl.utils.errors import RunFailure
 from megarl.workers.group import WorkerError
 
 
 def train(config: RunConfig) -> int:
     """``megarl train``: reinforcement learning; the exit status."""
-    run = Run(config)
-    with cluster(), run:
-        trainer = RLTrainer(config, run)
-        try:
-            return trainer.fit()
-        except RunFailure as error:
-            if not isinstance(error, WorkerError):
-                trainer.rescue()
-            raise
-        finally:
-            trainer.close()
+    return _fit(RLTrainer, config)
 
 
 def sft(config: RunConfig) -> int:
     """``megarl sft``: supervised fine-tuning; the exit status."""
+    return _fit(SFTTrainer, config)
+
+
+def _fit(trainer_class: type[RLTrainer] | type[SFTTrainer], config: RunConfig) -> int:
+    check(config)
     run = Run(config)
     with cluster(), run:
-        trainer = SFTTrainer(config, run)
+        trainer = trainer_class(config, run)
         try:
             return trainer.fit()
+        except WorkerError:
+            raise  # the ranks have no common state that could be saved
+        except Exception:
+            run.rescue(trainer.workers, trainer.step, trainer.state_dict())
+            raise
         finally:
             trainer.close()
 
@@ -52,6 +51,7 @@ def evaluate(config: RunConfig) -> int:
     newest = checkpoints.latest(directory / "checkpoints") if config.trainer.resume == "auto" else config.trainer.resume
     place = replace(config.trainer, run_dir=str(directory / "eval"), resume=str(newest) if newest else "never")
     config = replace(config, trainer=place)
+    check(config)
     run = Run(config)
     with cluster(), run:
         trainer = RLTrainer(config, run)

@@ -120,11 +120,11 @@ class RewardRunner:
     def gather(self, handles: Iterable[Future[Score]]) -> list[Score]:
         """Wait for all ``handles``, in their order. With ``on_error="raise"`` the first error is raised; with "drop" it
         is left in its ``Score`` for the caller to drop and count."""
-        scores = [handle.result() for handle in handles]
-        if self.config.on_error == "raise":
-            for score in scores:
-                if score.error is not None:
-                    raise score.error
+        scores = []
+        for handle in handles:
+            scores.append(handle.result())
+            if self.config.on_error == "raise" and scores[-1].error is not None:
+                raise scores[-1].error  # without waiting for the others, which may hang as well
         return scores
 
     def close(self) -> None:

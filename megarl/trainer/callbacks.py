@@ -26,14 +26,16 @@ class Trainer(Protocol):
 
 
 class Callback:
-    """Does nothing; override what you need. ``on_step`` may add to ``metrics``, which are logged afterwards."""
+    """Does nothing; override what you need. ``on_step`` may add to ``metrics``, which are logged between the hooks."""
 
     def __init__(self, trainer: Trainer) -> None:
         self.trainer, self.run, self.config = trainer, trainer.run, trainer.config
 
     def on_start(self) -> None: ...
 
-    def on_step(self, step: int, samples: list[Sample], metrics: dict[str, float]) -> None: ...
+    def on_step(self, samples: list[Sample], metrics: dict[str, float]) -> None: ...
+
+    def on_logged(self) -> None: ...
 
     def on_end(self) -> None: ...
 
@@ -42,12 +44,15 @@ class Evaluate(Callback):
     """Held-out accuracy before the first step, every ``trainer.eval_every`` and after the last."""
 
     def on_start(self) -> None:
-        if self.trainer.step == 0 and self.config.trainer.eval_prompts:
+        if self.trainer.step == 0 and self._wanted():
             self.run.log(0, self.evaluate())
 
-    def on_step(self, step: int, samples: list[Sample], metrics: dict[str, float]) -> None:
-        if self.config.trainer.eval_prompts and self.run.is_due(step, self.config.trainer.eval_every):
+    def on_step(self, samples: list[Sample], metrics: dict[str, float]) -> None:
+        if self._wanted() and self.run.is_due(self.trainer.step, self.config.trainer.eval_every):
             metrics |= self.evaluate()
+
+    def _wanted(self) -> bool:
+        return self.config.trainer.eval_prompts > 0 and not self.run.stopping  # who stops a run is waiting
 
     def evaluate(self) -> dict[str, float]:
         with self.run.timer("testing"):
@@ -61,20 +66,23 @@ class SaveRollouts(Callback):
         super().__init__(trainer)
         self.writer = RolloutWriter(self.run.directory)
 
-    def on_step(self, step: int, samples: list[Sample], metrics: dict[str, float]) -> None:
+    def on_step(self, samples: list[Sample], metrics: dict[str, float]) -> None:
         every = self.config.observability.save_rollouts_every
-        if every and self.run.is_due(step, every):
+        if every and self.run.is_due(self.trainer.step, every):
             groups = list(dict.fromkeys(sample.group_id for sample in samples))
             shown = set(groups[: self.config.observability.rollout_groups_saved])
-            self.writer.write(step, [sample for sample in samples if sample.group_id in shown])
+            self.writer.write(self.trainer.step, [sample for sample in samples if sample.group_id in shown])
 
 
 class Save(Callback):
-    """A checkpoint every ``checkpoint.save_every`` steps, after the last, and when the run is told to stop."""
+    """A checkpoint every ``checkpoint.save_every`` steps, after the last, and when the run is told to stop.
 
-    def on_step(self, step: int, samples: list[Sample], metrics: dict[str, float]) -> None:
-        if self.run.is_due(step, self.config.checkpoint.save_every):
-            self.run.save(self.trainer.workers, step, self.trainer.state_dict())
+    After the log, so that a resumed run has the metrics of every step that it does not repeat.
+    """
+
+    def on_logged(self) -> None:
+        if self.run.is_due(self.trainer.step, self.config.checkpoint.save_every):
+            self.run.save(self.trainer.workers, self.trainer.step, self.trainer.state_dict())
 
     def on_end(self) -> None:
         if self.trainer.step:

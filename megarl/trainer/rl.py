@@ -6,6 +6,7 @@ from functools import partial
 from typing import Any
 
 import numpy as np
+from ray.exceptions import RayError
 
 from megarl.algorithms.advantages import compute_advantages
 from megarl.algorithms.weights import compute_loss_weights
@@ -22,6 +23,7 @@ from megarl.trainer.metrics import sample_metrics
 from megarl.trainer.run import Run, prompt_source
 from megarl.trainer.sync import WeightSync
 from megarl.types import EncodedPrompt, PackedBatch, Sample
+from megarl.utils.errors import RunFailure
 from megarl.workers.group import WorkerGroup
 
 
@@ -57,10 +59,13 @@ class RLTrainer:
 
     def fit(self) -> int:
         """Train to ``trainer.num_steps`` or until told to stop; the exit status."""
-        self.sync.push(self.rollout.engines, self.step, must_change=False)
+        self.run.write_config()
+        self.push(must_change=False)
         for callback in self.callbacks:
             callback.on_start()
         for step in range(self.step + 1, self.config.trainer.num_steps + 1):
+            if self.run.stopping:
+                break
             with self.run.timer("step"):
                 prompts = self.source.next(self.config.data.prompts_per_step)
                 samples = self.generate(prompts, step)
@@ -68,16 +73,14 @@ class RLTrainer:
                 self.workers.load(self.pack(samples))
                 self.workers.score()
                 metrics |= self.workers.train()
+                self.step, self.state = step, {"source": self.source.state_dict()}
                 with self.run.timer("update_weights"):
-                    self.rollout.ensure_alive()
-                    changed = metrics["actor/grad_norm"] * metrics["actor/lr"] > 0
-                    metrics |= self.sync.push(self.rollout.engines, step, must_change=changed)
-            self.step, self.state = step, {"source": self.source.state_dict()}
+                    metrics |= self.push(must_change=metrics["actor/grad_norm"] * metrics["actor/lr"] > 0)
             for callback in self.callbacks:
-                callback.on_step(step, samples, metrics)
+                callback.on_step(samples, metrics)
             self.run.log(step, metrics)
-            if self.run.stopping:
-                break
+            for callback in self.callbacks:
+                callback.on_logged()
         for callback in self.callbacks:
             callback.on_end()
         return self.run.exit_status()
@@ -98,6 +101,18 @@ class RLTrainer:
             )
         self.dropped += dropped
         return samples
+
+    def push(self, *, must_change: bool) -> dict[str, float]:
+        """Sync all engines; when one dies meanwhile, replace it and begin again."""
+        while True:
+            self.rollout.ensure_alive()
+            restarts = self.rollout.num_restarts
+            try:
+                return self.sync.push(self.rollout.engines, self.step, must_change=must_change)
+            except (RunFailure, RayError):
+                self.rollout.ensure_alive()
+                if self.rollout.num_restarts == restarts:  # it was something else
+                    raise
 
     def canary(self) -> EncodedPrompt:
         """A held-out prompt, with an image if one of the first has any."""
@@ -134,12 +149,6 @@ class RLTrainer:
     def state_dict(self) -> dict[str, Any]:
         """What a resumed run needs beyond the weights, as of the last finished step."""
         return self.state
-
-    def rescue(self) -> None:
-        """Checkpoint the last finished step after something other than the ranks has failed."""
-        if self.step > 0:
-            self.run.save(self.workers, self.step, self.state, wait=True)
-            self.run.console.message(f"step {self.step} is saved in {self.run.checkpoints}")
 
     def close(self) -> None:
         """End the engines, the reward processes and the ranks."""

@@ -5,26 +5,34 @@
 
 from __future__ import annotations
 
+import fcntl
+import os
 import signal
 import sys
 import time
+import traceback
 from collections import defaultdict
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
-from typing import Any
+from typing import Any, TextIO
 
 import psutil
 
+from megarl.algorithms.advantages import ADVANTAGES
+from megarl.algorithms.penalties import KL_ESTIMATORS
+from megarl.algorithms.policy_losses import POLICY_LOSSES
 from megarl.checkpoint import megatron as checkpoints
-from megarl.config import RunConfig, to_yaml
+from megarl.checkpoint.huggingface import read_config
+from megarl.config import RunConfig, check_choice, to_yaml
 from megarl.data.processors import Processor
 from megarl.data.source import PromptSource
+from megarl.models.family import family_of
 from megarl.observability.console import Console
 from megarl.observability.tracker import Tracker
 from megarl.registry import load_object
-from megarl.tasks.task import Task
+from megarl.tasks.task import Task, build_tasks
 from megarl.workers.group import WorkerGroup
 
 
@@ -37,6 +45,24 @@ def model_directory(config: RunConfig) -> str:
             raise FileNotFoundError(f"model.path={config.model.path}: no such directory")
         load_object(config.model.factory)(config.model.path, config.seed)
     return config.model.path
+
+
+def check(config: RunConfig) -> None:
+    """Raise for what cannot work, before anything is started."""
+    algorithm = config.algorithm
+    check_choice("algorithm.advantage", algorithm.advantage, ADVANTAGES)
+    check_choice("algorithm.policy_loss", algorithm.policy_loss, POLICY_LOSSES)
+    check_choice("algorithm.kl_estimator", algorithm.kl_estimator, KL_ESTIMATORS)
+    build_tasks(config)
+    hf_config = read_config(model_directory(config))
+    family_of(hf_config).validate(hf_config, config.parallel)
+    longest = config.data.max_prompt_length + config.rollout.max_new_tokens
+    limit = hf_config.get_text_config().max_position_embeddings
+    if algorithm.policy_loss != "sft" and longest > limit:
+        raise ValueError(
+            f"data.max_prompt_length={config.data.max_prompt_length} and rollout.max_new_tokens="
+            f"{config.rollout.max_new_tokens} are more than the model's {limit} positions"
+        )
 
 
 def prompt_source(config: RunConfig, tasks: dict[str, Task], processor: Processor) -> PromptSource:
@@ -52,9 +78,8 @@ class Run:
         self.config = config
         self.directory = Path(config.trainer.run_dir)
         self.checkpoints = self.directory / "checkpoints"
+        self._lock = self._occupy()
         self.resume_from = self._checkpoint_to_resume()
-        self.directory.mkdir(parents=True, exist_ok=True)
-        (self.directory / "config.yaml").write_text(to_yaml(config))
         self.stopping = False
         self.seconds: dict[str, float] = defaultdict(float)
         self.last_saved = -1
@@ -70,6 +95,30 @@ class Run:
             signal.signal(number, handler)
         self.console.close()
         self.tracker.close()
+        self._lock.close()
+
+    def _occupy(self) -> TextIO:
+        """Make the run directory ours; the lock ends with the process."""
+        try:
+            self.directory.mkdir(parents=True, exist_ok=True)
+            lock = (self.directory / ".lock").open("a+")
+        except OSError as error:
+            raise ValueError(f"trainer.run_dir={self.directory}: {error.strerror}") from error
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            lock.seek(0)
+            raise FileExistsError(
+                f"trainer.run_dir={self.directory} is in use by process {lock.read().strip() or 'of another machine'}"
+            ) from error
+        lock.truncate(0)
+        lock.write(f"{os.getpid()} on {os.uname().nodename}\n")
+        lock.flush()
+        return lock
+
+    def write_config(self) -> None:
+        """Note the configuration that the steps to come have."""
+        (self.directory / "config.yaml").write_text(to_yaml(self.config))
 
     def _stop(self, number: int, frame: FrameType | None) -> None:
         if self.stopping:
@@ -120,6 +169,13 @@ class Run:
             self.last_saved = step
         if wait:
             workers.call("finish_saving")
+
+    def rescue(self, workers: WorkerGroup, step: int, extra: dict[str, Any]) -> None:
+        """Checkpoint the last finished step after something other than the ranks has failed; note where it did."""
+        (self.directory / "error.log").write_text(traceback.format_exc())
+        if step > 0:
+            self.save(workers, step, extra, wait=True)
+            self.console.message(f"step {step} is saved in {self.checkpoints}")
 
     def is_due(self, step: int, every: int) -> bool:
         """Whether what happens ``every`` steps, after the last and when stopping, happens after ``step``."""

@@ -33,6 +33,7 @@ class SFTTrainer:
         self.source = prompt_source(config, tasks, self.processor)
         if "source" in saved:
             self.source.load_state_dict(saved["source"])
+        self.state: dict[str, Any] = {"source": self.source.state_dict()}
         per_task = {
             name: min(config.trainer.eval_prompts, task.num_prompts("eval") or 10**9) for name, task in tasks.items()
         }
@@ -45,21 +46,24 @@ class SFTTrainer:
 
     def fit(self) -> int:
         """Train to ``trainer.num_steps`` or until told to stop; the exit status."""
+        self.run.write_config()
         for callback in self.callbacks:
             callback.on_start()
         for step in range(self.step + 1, self.config.trainer.num_steps + 1):
+            if self.run.stopping:
+                break
             with self.run.timer("step"):
                 samples = [self.sample(p) for p in self.source.next(self.config.data.prompts_per_step)]
                 self.workers.load([self.pack(samples)])
                 metrics = self.workers.train()
             metrics["train/loss"] = metrics.pop("actor/pg_loss")
             metrics["perf/total_num_tokens"] = float(sum(len(s.tokens) for s in samples))
-            self.step = step
+            self.step, self.state = step, {"source": self.source.state_dict()}
             for callback in self.callbacks:
-                callback.on_step(step, samples, metrics)
+                callback.on_step(samples, metrics)
             self.run.log(step, metrics)
-            if self.run.stopping:
-                break
+            for callback in self.callbacks:
+                callback.on_logged()
         for callback in self.callbacks:
             callback.on_end()
         return self.run.exit_status()
@@ -93,8 +97,8 @@ class SFTTrainer:
         return {"val-core/loss": metrics["actor/pg_loss"], "val-aux/entropy": metrics["actor/entropy"]}
 
     def state_dict(self) -> dict[str, Any]:
-        """What a resumed run needs beyond the weights."""
-        return {"source": self.source.state_dict()}
+        """What a resumed run needs beyond the weights, as of the last finished step."""
+        return self.state
 
     def close(self) -> None:
         """End the ranks."""

@@ -67,14 +67,15 @@ class WeightSync:
         transport = self.config.weight_sync.transport
         sent = self._send_files(engines, version) if transport == "disk" else self._send_tensors(engines, version)
         metrics = {"sync/tensors": float(len(sent))}
+        timeout = self.config.rollout.timeout_s
         checks, canary = self.config.weight_sync.verify, self.config.weight_sync.canary
         held = [engine.checksums.remote() for engine in engines] if checks else []
         theirs = [engine.score.remote(self.canary.tokens, self.canary.media) for engine in engines] if canary else []
         ours = self._score_canary() if canary else None  # at the same time as the engines
-        for index, checksums in enumerate(ray.get(held)):
+        for index, checksums in enumerate(ray.get(held, timeout=timeout)):
             _compare(f"engine {index}", version, sent, checksums)
             metrics["sync/verified_tensors"] = float(len(sent))
-        for index, scored in enumerate(ray.get(theirs)):
+        for index, scored in enumerate(ray.get(theirs, timeout=timeout)):
             difference = float(np.abs(ours - np.asarray(scored)[self.scored[1:]]).max())
             if not difference <= self.tolerance:
                 raise WeightSyncError(
@@ -97,7 +98,8 @@ class WeightSync:
         directory = Path(self.config.trainer.run_dir).resolve() / "weight_sync"
         shutil.rmtree(directory, ignore_errors=True)
         sent = self.workers.call("write_hf", str(directory))[0]
-        ray.get([engine.update_weights_from_disk.remote(str(directory), version) for engine in engines])
+        loading = [engine.update_weights_from_disk.remote(str(directory), version) for engine in engines]
+        ray.get(loading, timeout=self.config.rollout.timeout_s)
         shutil.rmtree(directory)
         return sent
 

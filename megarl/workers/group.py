@@ -84,6 +84,8 @@ class WorkerGroup:
         try:
             return ray.get(ref)
         except RayTaskError as error:
+            if isinstance(error.cause, ValueError | FileNotFoundError | RunFailure):  # it says itself what is wrong
+                raise WorkerError(f"trainer rank {rank}: {error.cause}") from error
             raise WorkerError(f"trainer rank {rank} raised: {error.cause!r}\n{error}") from error
         except RayActorError as error:
             raise WorkerError(f"trainer rank {rank} died: {error}") from error

@@ -39,12 +39,19 @@ class WeightSender:
         leads = parallel_state.get_tensor_model_parallel_rank() == 0
         deliver = self._broadcast if self.config.weight_sync.transport == "broadcast" else self._share
         sent: dict[str, str] = {}
+        failure: Exception | None = None
         following = next(buckets, None)
         while following is not None:
             bucket, following = following, next(buckets, None)
-            if leads:
-                deliver(bucket, engines, version, final and following is None)
+            if leads and failure is None:
+                try:
+                    deliver(bucket, engines, version, final and following is None)
+                except Exception as error:  # raised below: the other ranks are gathering the buckets that are left
+                    failure = error
                 sent |= {name: tensor_checksum(tensor) for name, tensor in bucket}
+        if failure is not None:
+            self.audience = []
+            raise failure
         return sent
 
     def _share(self, bucket: Bucket, engines: list[ActorHandle], version: int, flush: bool) -> None:
@@ -55,7 +62,8 @@ class WeightSender:
             [
                 engine.update_weights_from_shared.remote(payloads[i * size : (i + 1) * size], version, flush)
                 for i, engine in enumerate(engines)
-            ]
+            ],
+            timeout=self.config.rollout.timeout_s,
         )
 
     def _broadcast(self, bucket: Bucket, engines: list[ActorHandle], version: int, flush: bool) -> None:
@@ -75,7 +83,7 @@ class WeightSender:
             for engine in engines
         ]
         broadcast_bucket(bucket, self.broadcast_group)
-        ray.get(received)
+        ray.get(received, timeout=self.config.rollout.timeout_s)
 
     def _meet(self, engines: list[ActorHandle]) -> None:
         """Build the process group of this rank and ``engines``, in the place of the last one."""

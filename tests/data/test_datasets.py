@@ -80,6 +80,14 @@ def test_parquet_with_parts_drops_the_absent_fields_of_a_struct(tmp_path):
     assert prompt_of(path).messages == [{"role": "user", "content": content}]
 
 
+def test_a_placeholder_inside_a_part_is_a_place(tmp_path):
+    (tmp_path / "x.png").write_bytes(b"X")
+    content = [{"type": "text", "text": "left <image> right"}]
+    path = write(tmp_path / "t.jsonl", {"prompt": [{"role": "user", "content": content}], "images": ["x.png"]})
+    (message,) = prompt_of(path).messages
+    assert [part["type"] for part in message["content"]] == ["text", "image", "text"]
+
+
 def test_files_are_read_in_order_and_blank_lines_skipped(tmp_path):
     (tmp_path / "a.jsonl").write_text('{"prompt": "1"}\n\n{"prompt": "2"}\n')
     write(tmp_path / "b.jsonl", {"prompt": "3"})
@@ -103,6 +111,9 @@ def test_files_are_read_in_order_and_blank_lines_skipped(tmp_path):
         ({"prompt": ["hello"]}, r"prompt\[0\] is not a message with role and content"),
         ({"prompt": [{"role": "user"}]}, r"prompt\[0\] is not a message with role and content"),
         ({"prompt": [{"role": "user", "content": None}]}, r"prompt\[0\].content is neither a text nor a list"),
+        ({"prompt": [{"role": "user", "content": ["hello"]}]}, r"prompt\[0\].content\[0\] is neither"),
+        ({"prompt": [{"role": "user", "content": [{"text": "?"}]}]}, r"prompt\[0\].content\[0\] is neither"),
+        ({"prompt": [{"role": "user", "content": [{"type": "video"}]}]}, r"prompt\[0\].content\[0\] is neither"),
     ],
 )
 def test_bad_rows_name_file_line_and_key(tmp_path, row, message):

@@ -91,6 +91,14 @@ def test_a_hang_is_killed_with_its_children_and_costs_one_sample(tmp_path):
         wait_until_gone(int(pid))
 
 
+def test_the_first_error_is_raised_without_waiting_for_the_next():
+    with runner("moody", timeout_s=1.0) as rewards:
+        start = time.monotonic()
+        with pytest.raises(RewardError, match=r"prompt t/train/0: .* took longer than rewards\.timeout_s=1"):
+            scores_of(rewards, ["hang"] * 16)
+        assert time.monotonic() - start < 8  # 16 s and more for all of them
+
+
 def test_asynchronous_rewards_overlap():
     with runner("slow") as rewards:
         start = time.monotonic()

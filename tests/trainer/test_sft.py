@@ -1,11 +1,14 @@
 """Supervised training, its interruption, and what the other commands make of its checkpoint."""
 
 import json
+import os
 import signal
 
 import numpy as np
 import pytest
 
+from megarl.config import RunConfig, TrainerConfig
+from megarl.trainer.run import Run
 from tests.trainer.commands import EXPERIMENT, metrics, run, start, wait_for_step
 
 
@@ -95,6 +98,9 @@ def test_score_equals_hugging_face(folder, stopped):
         ("parallel.tensor_model_parallel_size=3", "cannot be divided"),
         ("algorithm.policy_loss=ppo_clip", "supervised training needs 'sft'"),
         ("trainer.resume=/no/such", "trainer.resume=/no/such: no such checkpoint"),
+        ("trainer.run_dir=/dev/null", "trainer.run_dir=/dev/null: "),
+        ("optimizer.lr=nan", "optimizer.lr=nan must not be negative"),
+        ("algorithm.advantage=grpoo", "did you mean 'grpo'?"),
     ],
 )
 def test_a_mistake_is_one_line(folder, tmp_path, change, message):
@@ -108,3 +114,12 @@ def test_a_mistake_is_one_line(folder, tmp_path, change, message):
 def test_never_resume_does_not_overwrite(folder, stopped):
     text = run(folder / "never.log", *arguments(folder, "stopped", "trainer.resume=never"), status=2)
     assert "holds a run with the checkpoint step_000040" in text
+
+
+def test_a_run_directory_has_one_run_at_a_time(tmp_path):
+    config = RunConfig(trainer=TrainerConfig(run_dir=str(tmp_path)))
+    first = Run(config)
+    with pytest.raises(FileExistsError, match=rf"trainer\.run_dir={tmp_path} is in use by process {os.getpid()} on"):
+        Run(config)
+    first._lock.close()
+    Run(config)

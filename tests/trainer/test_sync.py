@@ -6,8 +6,10 @@ import ray
 
 from megarl.config import RunConfig
 from megarl.data.packing import Packing
+from megarl.trainer.rl import RLTrainer
 from megarl.trainer.sync import WeightSync, WeightSyncError
 from megarl.types import EncodedPrompt, Media, Prompt
+from megarl.workers.group import WorkerError
 
 TOKENS = np.array([1, 7, 9, 2], np.int32)  # 9: a placeholder
 
@@ -107,6 +109,52 @@ def test_an_engine_restarted_after_the_step_does_not_hide_the_change(sync):
     ray.get(sync.workers.rank.step.remote())
     sync.resend(engines)
     sync.push(engines, 1, must_change=True)
+
+
+class Rollout:
+    """An engine that is found dead once, when ``dies``."""
+
+    def __init__(self, dies):
+        self.engines, self.num_restarts, self.dies = ["engine"], 0, dies
+
+    def ensure_alive(self):
+        if self.broken and self.dies:
+            self.num_restarts, self.dies = self.num_restarts + 1, False
+
+    broken = False
+
+
+class Failing:
+    """A sync that fails the first time."""
+
+    def __init__(self, rollout):
+        self.rollout, self.calls = rollout, 0
+
+    def push(self, engines, version, *, must_change):
+        self.calls += 1
+        self.rollout.broken = True
+        if self.calls == 1:
+            raise WorkerError("trainer rank 0 raised: EngineDied")
+        return {"sync/tensors": 2.0}
+
+
+def trainer_of(rollout):
+    trainer = RLTrainer.__new__(RLTrainer)
+    trainer.rollout, trainer.sync, trainer.step = rollout, Failing(rollout), 3
+    return trainer
+
+
+def test_a_sync_that_loses_its_engine_begins_again_with_another():
+    trainer = trainer_of(Rollout(dies=True))
+    assert trainer.push(must_change=True) == {"sync/tensors": 2.0}
+    assert trainer.sync.calls == 2
+
+
+def test_a_sync_that_fails_with_all_engines_alive_is_an_error():
+    trainer = trainer_of(Rollout(dies=False))
+    with pytest.raises(WorkerError):
+        trainer.push(must_change=True)
+    assert trainer.sync.calls == 1
 
 
 def test_a_tensor_that_did_not_arrive_is_named(sync):
