@@ -24,6 +24,11 @@ from statistics import mean, median
 RESULTS = Path(__file__).parent / "results"
 WARM_UP = 3  # steps left out of the median
 WINDOW = 10  # steps over which a reward is averaged
+OURS = {
+    "megarl, tensor 2": [],
+    "megarl, data 2": ["parallel.tensor_model_parallel_size=1", "trainer.ranks_per_node=2"],
+}
+OURS["megarl, data 2, 2 engines"] = [*OURS["megarl, data 2"], "rollout.num_engines=2"]
 PEERS = {"TRL, 1 process x 2 threads": (1, 2), "TRL, 2 processes x 1 thread": (2, 1)}
 Row = dict[str, float]
 
@@ -58,7 +63,7 @@ def trl(overrides: list[str], directory: Path, processes: int, threads: int) -> 
     subprocess.run(command, check=True, stdout=sys.stderr, env=environment)
     rows = []
     for m in json.loads(out.read_text()):
-        before = {"generate and reward": m["generate"] + m["reward"], "train": m["seconds"] - m["prepare"]}
+        before = {"generate and reward": m["generate"] + m["judge"], "train": m["seconds"] - m["prepare"]}
         rows.append({"seconds": m["seconds"], "reward": m["reward"], **before, "weight sync": 0.0})
         rows[-1]["rest"] = m["seconds"] - sum(before.values())
     return rows
@@ -81,7 +86,9 @@ def main() -> None:
     overrides = [f"model.path={args.model}", f"trainer.num_steps={args.steps}"]
     with tempfile.TemporaryDirectory(prefix="megarl_vs_trl_") as folder:
         directory = Path(folder)
-        runs = {"megarl": megarl(overrides, directory / "run")}
+        runs = {}
+        for index, (name, layout) in enumerate(OURS.items()):
+            runs[name] = megarl([*overrides, *layout], directory / f"run{index}")
         for name, (processes, threads) in PEERS.items():
             runs[name] = trl(overrides, directory, processes, threads)
     table: dict[str, Row] = {}
@@ -93,19 +100,17 @@ def main() -> None:
         reached = time_to(rows, args.reward)
         table[name] = row | {"seconds_to_reward": reached, "last_rewards": mean(r["reward"] for r in rows[-WINDOW:])}
         print(f"{name:30s}" + "".join(f"{row[c]:21.3f}" for c in columns) + f"{reached or float('nan'):21.1f}")
-    for name, row in table.items():
-        if name != "megarl":
-            step = row["seconds"] / table["megarl"]["seconds"]
-            ours_at, theirs = table["megarl"]["seconds_to_reward"], row["seconds_to_reward"]
-            row["step_ratio"], row["reward_ratio"] = step, theirs / ours_at if ours_at and theirs else None
-            print(f"megarl is {step:.2f}x as fast a step as {name}", end="")
-            print(
-                f", {row['reward_ratio']:.2f}x to the reward" if row["reward_ratio"] else ", reward not reached by both"
-            )
+    ours, theirs = (min((table[name] for name in names), key=lambda row: row["seconds"]) for names in (OURS, PEERS))
+    ratio = {"step": theirs["seconds"] / ours["seconds"]}
+    print(f"a step of TRL's, the faster of its two, takes {ratio['step']:.2f}x as long as megarl's fastest", end="")
+    if ours["seconds_to_reward"] and theirs["seconds_to_reward"]:
+        ratio["reward"] = theirs["seconds_to_reward"] / ours["seconds_to_reward"]
+        print(f", the reward {ratio['reward']:.2f}x", end="")
+    print()
     RESULTS.mkdir(exist_ok=True)
     packages = {name: version(name) for name in ("torch", "transformers", "trl", "sglang", "megatron-core")}
     result = {"cores": os.cpu_count(), "machine": platform.processor() or platform.machine(), "packages": packages}
-    result |= {"steps": args.steps, "reward": args.reward, "median_seconds": table}
+    result |= {"steps": args.steps, "reward": args.reward, "median_seconds": table, "ratio": ratio}
     path = RESULTS / f"grpo_step_vs_trl_{os.cpu_count()}_cores.json"
     path.write_text(json.dumps(result, indent=1) + "\n")
 

@@ -127,7 +127,7 @@ def main() -> None:
         ),
     )
     trainer._generate = clock.timed("generate", trainer._generate)
-    trainer._calculate_rewards = clock.timed("reward", trainer._calculate_rewards)
+    trainer._calculate_rewards = clock.timed("judge", trainer._calculate_rewards)
     trainer._prepare_inputs = clock.timed("prepare", trainer._prepare_inputs)
     trainer.train()
     if trainer.accelerator.is_main_process:
