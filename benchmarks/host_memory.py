@@ -17,7 +17,7 @@ import numpy as np
 from process_tree import run
 
 RESULTS = Path(__file__).parent / "results"
-WARM_UP = 20  # steps in which caches fill
+WARM_UP = 100  # steps in which the caches of decoded images fill, 64 MB a process
 
 
 def main(arguments: list[str]) -> None:
