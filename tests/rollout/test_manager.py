@@ -2,7 +2,7 @@
 
 import os
 import signal
-import time
+import threading
 
 import numpy as np
 import pytest
@@ -84,15 +84,13 @@ def processes(manager):
 def test_a_killed_scheduler_costs_no_sample(pool, processor):
     """Runs after the tests that share the engine: it spends the one restart, then shows what follows without."""
     prompts = [prompt(processor, i % 3, i) for i in range(6)]
-    killed = []
-
-    def kill_once(group):
-        if not killed:
-            killed.append(time.monotonic())
-            os.kill(processes(pool.manager)[0], signal.SIGKILL)
-
     settings = {"group_size": 2, "temperature": 1.0, "max_new_tokens": 300}
-    samples = pool.manager.generate(prompts, **settings, step_seed=2, on_samples=kill_once)
+    pid = processes(pool.manager)[0]
+    os.kill(pid, signal.SIGSTOP)  # so that no prompt is finished when it dies
+    killer = threading.Timer(1.0, os.kill, (pid, signal.SIGKILL))
+    killer.start()
+    samples = pool.manager.generate(prompts, **settings, step_seed=2)
+    killer.join()
     assert [s.group_id for s in samples] == [i for i in range(6) for _ in range(2)]
     assert pool.manager.num_restarts == 1
     assert pool.synced == [[pool.manager.engines[0]]]
