@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from megarl.config import RunConfig, load_experiment
-from megarl.data.processors import Processor
+from megarl.data.processors import Processor, load_processor
 from megarl.tasks.task import build_tasks
 from megarl.trainer.run import prompt_source
 from megarl.utils import torchvision_cpu
@@ -89,7 +89,7 @@ def main() -> None:
     args = arguments.parse_args()
     torch.set_num_threads(args.threads)
     config = load_experiment("examples/grpo_qwen_vl_digits.py", args.overrides)
-    processor = Processor.from_config(config.model.path, config)
+    processor = load_processor(config.model.path, config)
     data, reward = dataset(config, processor)
     o, a, r = config.optimizer, config.algorithm, config.rollout
     clock = Clock()

@@ -6,6 +6,7 @@ I images, P patches. A stream has one entry for each thing it describes; nothing
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -17,20 +18,41 @@ Message = dict[str, Any]  # {"role": str, "content": str | [{"type": "text", "te
 
 @dataclass
 class Media:
-    """The images of one or more sequences, in the order of their placeholders, encoded as they were read."""
+    """The images and videos of one or more sequences, in the order of their placeholders, encoded as they were read."""
 
-    images: list[bytes] = field(default_factory=list)  # I encoded images (PNG, JPEG, ...)
+    images: list[bytes] = field(default_factory=list)  # I encoded images (PNG, JPEG, ...) or videos
     grids: np.ndarray = field(
         default_factory=lambda: np.zeros((0, 3), np.int64)
-    )  # [I, 3] (time, height, width) in patches
+    )  # [I, 3] (time or tiles, height, width) in patches
+    sizes: np.ndarray = field(default_factory=lambda: np.zeros((0, 2), np.int64))  # [I, 2] (height, width) as read
+    seconds: np.ndarray = field(
+        default_factory=lambda: np.zeros(0, np.float32)
+    )  # [I] between a video's patches in time; 0 for an image
 
     def __post_init__(self) -> None:
-        if len(self.images) != len(self.grids):
-            raise ValueError(f"{len(self.images)} images have {len(self.grids)} grids")
+        lengths = [len(self.images), len(self.grids), len(self.sizes), len(self.seconds)]
+        if len(set(lengths)) != 1:
+            raise ValueError("images, grids, sizes and seconds of {}, {}, {} and {} media".format(*lengths))
 
     @property
     def num_patches(self) -> int:
         return int(self.grids.prod(axis=1).sum())
+
+    def select(self, indices: Sequence[int]) -> Media:
+        """Those at ``indices``, in that order."""
+        at = np.asarray(indices, np.int64)
+        return Media([self.images[i] for i in indices], self.grids[at], self.sizes[at], self.seconds[at])
+
+    @staticmethod
+    def concatenate(parts: Sequence[Media]) -> Media:
+        """All of ``parts``, one after the other."""
+        parts = [Media(), *parts]
+        return Media(
+            [image for part in parts for image in part.images],
+            np.concatenate([part.grids for part in parts]),
+            np.concatenate([part.sizes for part in parts]),
+            np.concatenate([part.seconds for part in parts]),
+        )
 
 
 @dataclass

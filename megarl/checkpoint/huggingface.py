@@ -1,7 +1,7 @@
 """Hugging Face directories: reading one lazily, filling a sharded model from it, writing one tensor by tensor.
 
-Only safetensors files are read or written. Names are always the canonical ones (``visual.*``, ``model.*``,
-``lm_head.weight``): those of the published files and those that the rollout engine loads.
+Only safetensors files are read or written. Names are always the canonical ones: those of the published files and those
+that the rollout engine loads.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import AutoConfig, PretrainedConfig
 
+from megarl.models.family import FAMILIES
 from megarl.models.mapping import Mapping
 
 INDEX_FILE = "model.safetensors.index.json"
@@ -42,13 +43,12 @@ def listed(names: Iterable[str]) -> str:
     return ", ".join(names[:_MAX_LISTED]) + rest
 
 
-def canonical_name(name: str) -> str:
-    """The published spelling of a tensor's name, whichever version of transformers wrote the file."""
-    if name.startswith("model.visual."):
-        return name.removeprefix("model.")
-    if name.startswith("model.language_model."):
-        return "model." + name.removeprefix("model.language_model.")
-    return name
+def canonical_names(directory: Path) -> Callable[[str], str]:
+    """The published spelling of tensor names in ``directory``, as its model's family knows it."""
+    path = directory / "config.json"
+    architectures = json.loads(path.read_text()).get("architectures") if path.is_file() else None
+    family = FAMILIES.get((architectures or [""])[0])
+    return family.canonical_name if family is not None else str
 
 
 def read_config(directory: str | Path) -> PretrainedConfig:
@@ -76,7 +76,7 @@ class HFReader:
         self._handles: dict[Path, safe_open] = {}
         if not self.directory.is_dir():
             raise CheckpointError(f"{self.directory}: no such directory")
-        self.files = {}
+        self.files, canonical_name = {}, canonical_names(self.directory)
         for name, path in self._names().items():
             canonical = canonical_name(name)
             if canonical in self.files:

@@ -17,6 +17,7 @@ from transformers import PretrainedConfig
 
 from megarl.checkpoint.export import export_to_rank_zero
 from megarl.checkpoint.huggingface import TIED_OUTPUT, HFReader
+from megarl.models.common.vision import VisionInputs
 from megarl.models.mapping import Mapping
 from megarl.utils import torchvision_cpu
 
@@ -118,7 +119,8 @@ def compare_logits(model: MegatronModule, hf: PretrainedConfig, hf_dir: str | Pa
         image_grid_thw=probe.grids,
     ).logits[0]
     cu_seqlens = torch.tensor([0, len(probe.tokens)], dtype=torch.int32)
-    hidden = model.eval()(probe.tokens[None], position_ids, cu_seqlens, probe.pixel_values, probe.grids)
+    vision = VisionInputs(probe.pixel_values, probe.grids, torch.zeros(1, 2), torch.zeros(1, dtype=torch.int64))
+    hidden = model.eval()(probe.tokens[None], position_ids, cu_seqlens, vision)
     ours = (hidden @ model.output_weight().T)[:, : model.vocab_size]
     return {
         "max_abs_diff": float((ours - theirs).abs().max()),

@@ -16,7 +16,7 @@ from megarl.config import RunConfig
 from megarl.data.processors import Processor
 from megarl.types import Media, PackedBatch, Sample
 
-PositionIds = Callable[[np.ndarray, np.ndarray], np.ndarray]  # tokens [L], grids [I, 3] -> [3 or 1, L]
+PositionIds = Callable[[np.ndarray, Media], np.ndarray]  # tokens [L] -> [3 or 1, L]
 
 
 @dataclass(frozen=True)
@@ -92,7 +92,7 @@ def pack(samples: Sequence[Sample], packing: Packing) -> PackedBatch:
         sample = segment.sample
         read, predicted = slice(segment.start, segment.stop), slice(segment.start + 1, segment.stop + 1)
         if id(sample) not in positions:
-            positions[id(sample)] = packing.position_ids(sample.tokens[:-1].astype(np.int64), sample.media.grids)
+            positions[id(sample)] = packing.position_ids(sample.tokens[:-1].astype(np.int64), sample.media)
 
         def stream(values: np.ndarray | None, predicted: slice = predicted) -> np.ndarray:
             length = predicted.stop - predicted.start
@@ -113,15 +113,11 @@ def pack(samples: Sequence[Sample], packing: Packing) -> PackedBatch:
     pad = -sum(len(part[0]) for part in parts) % packing.multiple if parts else packing.multiple
     if pad:
         padding, zeros = np.full(pad, packing.pad_token_id, np.int64), np.zeros(pad, np.float32)
-        places = packing.position_ids(padding, np.zeros((0, 3), np.int64))
+        places = packing.position_ids(padding, Media())
         parts.append((padding, padding, np.full(pad, len(parts)), zeros, zeros, zeros, places))
         parents.append(-1)
     tokens, labels, sequence_ids, loss_weights, advantages, rollout_logprobs, position_ids = (
         np.concatenate(part, axis=-1) for part in zip(*parts, strict=True)
-    )
-    media = Media(
-        [image for segment in segments for image in segment.media.images],
-        np.concatenate([np.zeros((0, 3), np.int64)] + [segment.media.grids for segment in segments]),
     )
     return PackedBatch(
         tokens=tokens,
@@ -133,7 +129,7 @@ def pack(samples: Sequence[Sample], packing: Packing) -> PackedBatch:
         loss_weights=loss_weights,
         advantages=advantages,
         rollout_logprobs=rollout_logprobs,
-        media=media,
+        media=Media.concatenate([segment.media for segment in segments]),
     )
 
 

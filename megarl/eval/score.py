@@ -15,7 +15,7 @@ from tqdm import tqdm
 from megarl.config import DataConfig, RunConfig
 from megarl.data.datasets import Row, read_rows
 from megarl.data.packing import Packing, assign_to_bins, pack
-from megarl.data.processors import Processor
+from megarl.data.processors import Processor, load_processor
 from megarl.types import Sample
 from megarl.workers.group import WorkerGroup
 
@@ -34,7 +34,7 @@ def score_file(config: RunConfig, checkpoint: Path, data: Path, out: Path, *, te
     is_megatron = (checkpoint / "manifest.json").is_file()
     hf_dir = checkpoint / "hf" if is_megatron else checkpoint
     config = replace(config, model=replace(config.model, path=str(hf_dir)))
-    processor = Processor.from_config(hf_dir, config)
+    processor = load_processor(hf_dir, config)
     packing = Packing.of(config, processor)
     rows = read_rows([data])
     if not rows:

@@ -11,6 +11,7 @@ from transformers import PretrainedConfig
 from megarl.config import ParallelConfig
 from megarl.models.mapping import Mapping
 from megarl.models.qwen_vl.config import validate as qwen_vl_validate
+from megarl.models.qwen_vl.mapping import canonical_name as qwen_vl_canonical_name
 from megarl.models.qwen_vl.mapping import mappings as qwen_vl_mappings
 from megarl.models.qwen_vl.model import QwenVLModel
 
@@ -20,8 +21,8 @@ class Family:
     """``build(hf_config, model, parallel, *, pre_process, post_process)`` makes a pipeline stage of the model.
 
     It raises ``ValueError`` that names the key when the layout cannot divide the model, and so does
-    ``validate(hf_config, parallel)`` by itself. A model offers ``forward``
-    (hidden states on the last stage), ``output_weight``, ``vocab_size``, ``freeze`` and ``global_name``.
+    ``validate(hf_config, parallel)`` by itself. A model is a ``models.common.LanguageModel``. ``canonical_name`` is the
+    published spelling of a tensor's name, whichever version of transformers wrote the file.
     """
 
     name: str
@@ -29,6 +30,7 @@ class Family:
     build: Callable[..., MegatronModule]
     mappings: Callable[[PretrainedConfig], list[Mapping]]
     validate: Callable[[PretrainedConfig, ParallelConfig], None]
+    canonical_name: Callable[[str], str]
 
 
 QWEN_VL = Family(
@@ -37,6 +39,7 @@ QWEN_VL = Family(
     build=QwenVLModel,
     mappings=qwen_vl_mappings,
     validate=qwen_vl_validate,
+    canonical_name=qwen_vl_canonical_name,
 )
 
 FAMILIES: dict[str, Family] = {architecture: family for family in (QWEN_VL,) for architecture in family.architectures}

@@ -33,6 +33,16 @@ class RMSNorm(torch.nn.RMSNorm):
         self.weight.sequence_parallel = config.sequence_parallel  # read by mcore's finalize_model_grads
 
 
+class LayerNorm(torch.nn.LayerNorm):
+    """LayerNorm of a vision tower, where every tensor-parallel rank holds all tokens."""
+
+    def __init__(self, config: TransformerConfig, hidden_size: int, eps: float = 1e-5, **_: object) -> None:
+        assert not config.sequence_parallel
+        super().__init__(
+            hidden_size, eps=eps, dtype=config.params_dtype, device=None if config.use_cpu_initialization else "cuda"
+        )
+
+
 @dataclass
 class _Bucket:
     rows: Tensor  # [S, L] int64, tokens of S sequences of at most L; beyond a sequence's end, any valid token

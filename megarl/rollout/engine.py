@@ -22,7 +22,7 @@ import psutil
 import torch
 
 from megarl.config import RunConfig
-from megarl.data.processors import Processor
+from megarl.data.processors import load_processor
 from megarl.types import FinishReason, Media
 
 _POLL_S = 0.2  # between looks at the engine's processes
@@ -124,9 +124,7 @@ class EngineActor:
         self._tensor_parallel_size = config.rollout.tensor_parallel_size
         self._deterministic = config.debug.deterministic
         self._top_p, self._top_k = config.rollout.top_p, config.rollout.top_k
-        self._processor = Processor(
-            hf_dir, config.model.min_pixels, config.model.max_pixels, config.data.max_image_pixels
-        )
+        self._processor = load_processor(hf_dir, config)
         self._bias = {str(token): -math.inf for token in self._processor.banned_token_ids}
         self._pixels_thread = ThreadPoolExecutor(max_workers=1)
         engine_type = sglang_process.DeterministicEngine if self._deterministic else sglang_process.RolloutEngine
@@ -259,9 +257,7 @@ class EngineActor:
         if not media.images:
             return None
         loop = asyncio.get_running_loop()
-        pixel_values = await loop.run_in_executor(self._pixels_thread, self._processor.pixel_values, media)
-        grids = torch.as_tensor(media.grids, dtype=torch.int64)
-        return [{"format": "processor_output", "pixel_values": pixel_values, "image_grid_thw": grids}]
+        return await loop.run_in_executor(self._pixels_thread, self._processor.engine_inputs, media)
 
     async def _submit(
         self,

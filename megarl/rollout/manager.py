@@ -17,7 +17,7 @@ import ray
 from ray.exceptions import GetTimeoutError, RayActorError, RayTaskError
 
 from megarl.config import RunConfig
-from megarl.data.processors import Processor
+from megarl.data.processors import load_processor
 from megarl.rollout.engine import Batch, EngineActor, EngineDied, Request, Response, engine_environment
 from megarl.types import EncodedPrompt, Media, Sample
 from megarl.utils.errors import RunFailure
@@ -71,9 +71,7 @@ class RolloutManager:
     ) -> None:
         self._config, self._hf_dir, self._sync = config, str(hf_dir), sync
         self._actor_options = actor_options or [{}] * config.rollout.num_engines
-        self._processor = Processor(
-            hf_dir, config.model.min_pixels, config.model.max_pixels, config.data.max_image_pixels
-        )
+        self._processor = load_processor(hf_dir, config)
         self.num_restarts = 0
         self._num_batches = 0  # names them: an engine must never see one name twice
         self.engines: list[Any] = []  # Ray handles of EngineActor

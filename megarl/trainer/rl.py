@@ -12,7 +12,7 @@ from megarl.algorithms.advantages import compute_advantages
 from megarl.algorithms.weights import compute_loss_weights
 from megarl.config import RunConfig
 from megarl.data.packing import Packing, pack_bins
-from megarl.data.processors import Processor
+from megarl.data.processors import load_processor
 from megarl.eval.generate import SEED_STRIDE, generate_rewarded
 from megarl.eval.loop import Evaluation
 from megarl.rewards.runner import RewardRunner
@@ -36,7 +36,7 @@ class RLTrainer:
         saved = run.build_workers(self.workers)
         self.step: int = saved["step"]
         hf_dir = run.model_directory
-        self.processor = Processor.from_config(hf_dir, config)
+        self.processor = load_processor(hf_dir, config)
         self.packing = Packing.of(config, self.processor)
         self.tasks = build_tasks(config)
         self.source = prompt_source(config, self.tasks, self.processor)

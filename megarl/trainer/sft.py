@@ -9,7 +9,7 @@ import numpy as np
 from megarl.algorithms.weights import compute_loss_weights
 from megarl.config import RunConfig
 from megarl.data.packing import Packing, pack_bins
-from megarl.data.processors import Processor
+from megarl.data.processors import load_processor
 from megarl.tasks.task import build_tasks
 from megarl.trainer.callbacks import Callback, Evaluate, Report, Save
 from megarl.trainer.run import Run, prompt_source
@@ -27,7 +27,7 @@ class SFTTrainer:
         self.workers = WorkerGroup(config)
         saved = run.build_workers(self.workers)
         self.step: int = saved["step"]
-        self.processor = Processor.from_config(run.model_directory, config)
+        self.processor = load_processor(run.model_directory, config)
         self.packing = Packing.of(config, self.processor)
         tasks = build_tasks(config)
         self.source = prompt_source(config, tasks, self.processor)

@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from megarl.models.common.vision import VisionInputs
 from megarl.types import Media, PackedBatch
 
 
@@ -17,12 +18,10 @@ class MicroBatch:
     """What a pipeline stage needs of a ``PackedBatch``: T tokens, of which N are actions."""
 
     tokens: Tensor  # [1, T] int64
-    position_ids: Tensor  # [3, 1, T] int64
+    position_ids: Tensor  # [3 or 1, 1, T] int64
     cu_seqlens: Tensor  # [S + 1] int32
     parents: Tensor | None  # [S] int32, see PackedBatch; None: no sequence has one
-    pixel_values: Tensor | None  # [P, E] float32 of the distinct images; None without images or past the first stage
-    grids: Tensor | None  # [I, 3] int64 of the distinct images
-    image_index: Tensor | None  # [J] int64, which distinct image each of the J placeholders shows
+    vision: VisionInputs | None  # None without images or past the first stage
     rows: Tensor  # [N] int64, positions whose next token is an action
     targets: Tensor  # [N] int64
     loss_weights: Tensor  # [N] float32
@@ -42,23 +41,20 @@ def to_device(
     def tensor(array: np.ndarray) -> Tensor:
         return torch.from_numpy(np.ascontiguousarray(array)).to(device)
 
-    pixels = grids = image_index = None
+    vision = None
     if pixel_values is not None and batch.media.images:
-        first = {}
+        first: dict[bytes, int] = {}
         index = [first.setdefault(image, len(first)) for image in batch.media.images]
-        seen = [index.index(i) for i in range(len(first))]
-        distinct = Media([batch.media.images[i] for i in seen], batch.media.grids[seen])
-        pixels, grids = pixel_values(distinct).to(device), tensor(distinct.grids)
-        image_index = torch.tensor(index, device=device)
+        distinct = batch.media.select([index.index(i) for i in range(len(first))])
+        pixels = pixel_values(distinct).to(device)
+        vision = VisionInputs(pixels, tensor(distinct.grids), tensor(distinct.sizes), torch.tensor(index))
     rows = np.flatnonzero(batch.loss_weights)
     return MicroBatch(
         tokens=tensor(batch.tokens)[None],
         position_ids=tensor(batch.position_ids)[:, None],
         cu_seqlens=tensor(batch.cu_seqlens),
         parents=tensor(batch.parents) if (batch.parents >= 0).any() else None,
-        pixel_values=pixels,
-        grids=grids,
-        image_index=image_index,
+        vision=vision,
         rows=tensor(rows),
         targets=tensor(batch.labels[rows]),
         loss_weights=tensor(batch.loss_weights[rows]),

@@ -29,7 +29,7 @@ from megarl.checkpoint import megatron as checkpoints
 from megarl.checkpoint.export import export_tensors, export_to_rank_zero
 from megarl.checkpoint.huggingface import write_hf
 from megarl.config import RunConfig
-from megarl.data.processors import Processor
+from megarl.data.processors import load_processor
 from megarl.kernels.logprob import linear_logprob
 from megarl.parallel import groups, mcore_cpu
 from megarl.types import PackedBatch
@@ -101,7 +101,7 @@ class PolicyWorker:
         """
         self.hf_dir = hf_dir
         c = self.config
-        self.processor = Processor.from_config(hf_dir, c)
+        self.processor = load_processor(hf_dir, c)
         self.model, self.mappings = build_model(c, hf_dir, weights=weights)
         self.ddp = self.optimizer = self.scheduler = self.reference = None
         if trainable:
@@ -187,7 +187,7 @@ class PolicyWorker:
 
         def forward(iterator: Iterator[MicroBatch], module: torch.nn.Module) -> tuple[Tensor, Callable]:
             m = next(iterator)
-            output = module(m.tokens, m.position_ids, m.cu_seqlens, m.pixel_values, m.grids, m.image_index, m.parents)
+            output = module(m.tokens, m.position_ids, m.cu_seqlens, m.vision, m.parents)
             return output, partial(after, model, m)
 
         return get_forward_backward_func()(

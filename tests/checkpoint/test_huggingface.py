@@ -13,10 +13,10 @@ from megarl.checkpoint.huggingface import (
     INDEX_FILE,
     CheckpointError,
     HFReader,
-    canonical_name,
     read_config,
     write_hf,
 )
+from megarl.models.qwen_vl.mapping import canonical_name
 
 LAYOUTS = {"tp1": (1, (1, 1)), "tp2_dp2": (4, (2, 1)), "pp2": (2, (1, 2)), "tp2_pp2": (4, (2, 2))}
 

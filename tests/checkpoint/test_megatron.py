@@ -15,7 +15,7 @@ import torch
 from megarl.checkpoint.huggingface import CheckpointError
 from megarl.checkpoint.manifest import MANIFEST_FILE, latest, prune, read_manifest
 from tests.distributed import RankError
-from tests.models.tiny_qwen_vl import Reference
+from tests.models.reference import Reference
 
 # name -> ranks, (tensor, pipeline), arguments of training.build, fields of ModelConfig, of ParallelConfig
 CASES = {

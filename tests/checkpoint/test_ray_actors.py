@@ -8,7 +8,7 @@ import pytest
 import ray
 
 from megarl.checkpoint.manifest import latest, read_manifest
-from tests.models.tiny_qwen_vl import Reference
+from tests.models.reference import Reference
 
 ROOT = Path(__file__).resolve().parents[2]
 

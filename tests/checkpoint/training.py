@@ -25,7 +25,8 @@ from megarl.models.family import family_of
 from megarl.models.mapping import Mapping
 from megarl.parallel import groups
 from megarl.utils.checksum import tensor_checksum
-from tests.models.tiny_qwen_vl import BANNED, Batch, Reference, pack, tiny_model, tiny_samples, trained
+from tests.models.qwen_vl import Qwen25VL
+from tests.models.reference import BANNED, Batch, Reference, pack, trained
 
 MICROBATCHES = [[0], [1, 4, 2], [3], [5, 6]]
 
@@ -42,9 +43,9 @@ class Trainable:
 
 def tiny(name: str, directory: Path, dtype: torch.dtype = torch.float32) -> Reference:
     """Write the tiny model ``name`` to ``directory``; its samples with weight one on every prediction."""
-    model = tiny_model(name).to(dtype)
+    model = Qwen25VL().model(name).to(dtype)
     model.save_pretrained(directory)
-    samples = tiny_samples(model)
+    samples = Qwen25VL().samples(model, seed=0)
     return Reference(str(directory), samples, [torch.ones(len(trained(s))) for s in samples])
 
 

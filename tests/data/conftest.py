@@ -1,7 +1,7 @@
 import pytest
 
 from examples import tiny_models
-from megarl.data.processors import Processor
+from megarl.data.processors import load_processor
 
 
 @pytest.fixture(scope="session")
@@ -13,4 +13,4 @@ def tiny_qwen(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def processor(tiny_qwen):
-    return Processor(tiny_qwen)
+    return load_processor(tiny_qwen)

@@ -5,8 +5,8 @@ from megarl.data.packing import Packing, assign_to_bins, pack, pack_bins
 from megarl.types import Media, Prompt, Sample
 
 
-def positions(tokens, grids):
-    return np.arange(len(tokens))[None] + 100 * len(grids)
+def positions(tokens, media):
+    return np.arange(len(tokens))[None] + 100 * len(media.images)
 
 
 def packing(**changes):
@@ -23,7 +23,7 @@ def sample(length, *, group=0, image=None, start=0):
         advantages=mask * 2.0,
         loss_weights=mask * 0.5,
         tokens=np.arange(start, start + length),
-        media=Media([image], np.array([[1, 2, 4]])) if image else Media(),
+        media=Media([image], np.array([[1, 2, 4]]), np.array([[28, 56]]), np.zeros(1)) if image else Media(),
     )
 
 

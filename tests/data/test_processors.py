@@ -2,6 +2,7 @@ import json
 import shutil
 import zlib
 from io import BytesIO
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -11,9 +12,9 @@ from PIL import Image
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
 from examples import tiny_models
-from megarl.config import DataConfig
+from megarl.config import DataConfig, ModelConfig, RunConfig
 from megarl.data.images import decode_image, image_size
-from megarl.data.processors import Processor
+from megarl.data.processors import Processor, load_processor
 from megarl.tasks.digits import Digits
 from megarl.types import Media, Prompt
 
@@ -28,6 +29,16 @@ def encode(image: Image.Image, form: str = "PNG", **options) -> bytes:
 
 def noise(height: int, width: int, seed: int = 0) -> Image.Image:
     return Image.fromarray(np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8))
+
+
+def load(path: Path, max_image_pixels: int = LIMIT, **bounds: int) -> Processor:
+    return load_processor(
+        path, RunConfig(model=ModelConfig(**bounds), data=DataConfig(max_image_pixels=max_image_pixels))
+    )
+
+
+def media(image: bytes, grid: list[int]) -> Media:
+    return Media([image], np.array([grid]), np.zeros((1, 2), np.int64), np.zeros(1))
 
 
 def ask(*images: bytes, text: str = "What digits are in this image?") -> Prompt:
@@ -62,14 +73,14 @@ def test_pixels_of_a_digit_strip_are_its_normalised_patches(processor):
 
 
 def test_bounds_of_the_configuration_replace_those_of_the_preprocessor(tiny_qwen):
-    small = Processor(tiny_qwen, max_pixels=4 * 28 * 28)
+    small = load(tiny_qwen, max_pixels=4 * 28 * 28)
     encoded = small.encode(ask(encode(noise(200, 200))))
     assert encoded.media.grids.tolist() == [[1, 4, 4]]
     assert len(small.pixel_values(encoded.media)) == 16
-    large = Processor(tiny_qwen, min_pixels=16 * 28 * 28)
+    large = load(tiny_qwen, min_pixels=16 * 28 * 28)
     assert large.encode(ask(encode(noise(28, 28)))).media.grids.tolist() == [[1, 8, 8]]
     with pytest.raises(ValueError, match=r"model.min_pixels=60000 is more than model.max_pixels=50176"):
-        Processor(tiny_qwen, min_pixels=60_000)
+        load(tiny_qwen, min_pixels=60_000)
 
 
 def test_tokens_equal_hugging_faces_processor(processor, tiny_qwen):
@@ -89,7 +100,7 @@ def test_tokens_equal_hugging_faces_processor(processor, tiny_qwen):
 def test_position_ids_equal_hugging_face(processor, model_class, sizes):
     encoded = processor.encode(ask(*(encode(noise(*size)) for size in sizes)))
     tokens = np.concatenate([encoded.tokens, processor.encode_response("1,2,3")])
-    ours = processor.position_ids(tokens, encoded.media.grids)
+    ours = processor.position_ids(tokens, encoded.media)
     assert ours.shape == (3, len(tokens))
     if not sizes:
         assert (ours == np.arange(len(tokens))).all()
@@ -108,11 +119,11 @@ def test_position_ids_equal_hugging_face(processor, model_class, sizes):
 
 
 def test_position_ids_by_hand(processor):
-    image = processor.image_token_id
-    positions = processor.position_ids(np.array([0, image, image, 0, 0]), np.array([[1, 2, 4]]))
+    image, one_image = processor.image_token_id, media(b"", [1, 2, 4])
+    positions = processor.position_ids(np.array([0, image, image, 0, 0]), one_image)
     assert positions.tolist() == [[0, 1, 1, 3, 4], [0, 1, 1, 3, 4], [0, 1, 2, 3, 4]]
     with pytest.raises(ValueError, match="1 image tokens for grids of 2"):
-        processor.position_ids(np.array([image]), np.array([[1, 2, 4]]))
+        processor.position_ids(np.array([image]), one_image)
 
 
 def test_a_policy_never_samples_media_tokens_and_ends_with_eos(processor):
@@ -126,7 +137,7 @@ def test_a_policy_never_samples_media_tokens_and_ends_with_eos(processor):
 def test_padding_that_does_not_end_is_banned(tiny_qwen, tmp_path):
     shutil.copytree(tiny_qwen, tmp_path / "model")
     (tmp_path / "model" / "generation_config.json").write_text(json.dumps({"eos_token_id": 409}))
-    processor = Processor(tmp_path / "model")
+    processor = load_processor(tmp_path / "model")
     assert processor.eos_token_ids == [processor.tokenizer.eos_token_id] == [409]
     assert processor.tokenizer.pad_token_id in processor.banned_token_ids
 
@@ -224,16 +235,16 @@ def test_bad_images_name_the_prompt_and_the_image(processor):
 
 
 def test_a_bomb_is_refused_by_its_header(tiny_qwen):
-    small = Processor(tiny_qwen, max_image_pixels=1000)
+    small = load(tiny_qwen, max_image_pixels=1000)
     with pytest.raises(ValueError, match=r"image 0: 56 x 28 pixels are more than data.max_image_pixels=1000"):
         small.encode(ask(encode(noise(28, 56))))
     with pytest.raises(ValueError, match="image 0 of 1: 56 x 28 pixels"):
-        small.pixel_values(Media([encode(noise(28, 56))], np.array([[1, 2, 4]])))
+        small.pixel_values(media(encode(noise(28, 56)), [1, 2, 4]))
     side = 60_000  # 3.6 gigapixels in a header, no data
     header = b"IHDR" + side.to_bytes(4, "big") * 2 + bytes([8, 2, 0, 0, 0])
     bomb = b"\x89PNG\r\n\x1a\n" + (13).to_bytes(4, "big") + header + zlib.crc32(header).to_bytes(4, "big")
     with pytest.raises(ValueError, match="digits/train/7: image 0: "):
-        Processor(tiny_qwen).encode(
+        load_processor(tiny_qwen).encode(
             ask(bomb + (0).to_bytes(4, "big") + b"IDAT" + zlib.crc32(b"IDAT").to_bytes(4, "big"))
         )
 
@@ -246,9 +257,8 @@ def test_placeholders_and_images_must_match(processor):
         processor.encode(prompt)
     with pytest.raises(ValueError, match="2 image placeholders for 1 images"):
         processor.encode(ask(image, text="smuggled <|image_pad|>"))
-    encoded = processor.encode(ask(image))
     with pytest.raises(ValueError, match="image 0 has 4 patches, its grid says"):
-        processor.pixel_values(Media([image], encoded.media.grids * [1, 2, 1]))
+        processor.pixel_values(media(image, [1, 4, 8]))
 
 
 def test_no_images_give_no_pixels(processor):
@@ -258,14 +268,14 @@ def test_no_images_give_no_pixels(processor):
 
 
 def test_a_caller_cannot_change_cached_pixels(processor):
-    media = processor.encode(ask(encode(noise(28, 56, 9)))).media
-    first = processor.pixel_values(media)
+    shown = processor.encode(ask(encode(noise(28, 56, 9)))).media
+    first = processor.pixel_values(shown)
     kept = first.clone()
     first.zero_()
-    assert torch.equal(processor.pixel_values(media), kept)
+    assert torch.equal(processor.pixel_values(shown), kept)
 
 
 def test_other_models_are_refused_by_name(tmp_path):
-    (tmp_path / "config.json").write_text(json.dumps({"model_type": "llama"}))
-    with pytest.raises(ValueError, match="no processor for model_type 'llama', only for qwen2_vl, qwen2_5_vl"):
-        Processor(tmp_path)
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "gpt2"}))
+    with pytest.raises(ValueError, match="no processor for model_type 'gpt2', only for qwen2_vl, qwen2_5_vl"):
+        load_processor(tmp_path)

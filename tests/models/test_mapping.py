@@ -3,10 +3,10 @@
 import pytest
 import torch
 
-from megarl.checkpoint.huggingface import canonical_name
 from megarl.models.mapping import QKV, Flattened, FusedQKV, GatedMLP, Mapping, Vocab, padded_vocab_size
-from megarl.models.qwen_vl.mapping import mappings
-from tests.models.tiny_qwen_vl import CONFIGS, VOCAB, tiny_model
+from megarl.models.qwen_vl.mapping import canonical_name, mappings
+from tests.models.qwen_vl import CONFIGS, Qwen25VL
+from tests.models.reference import VOCAB
 
 
 def hf_names(*names: str) -> dict:
@@ -70,7 +70,7 @@ def test_a_dimension_that_cannot_be_split_is_named():
 
 @pytest.mark.parametrize("name", CONFIGS)
 def test_qwen_vl_table_covers_the_checkpoint_and_loses_no_bit(name):
-    model = tiny_model(name)
+    model = Qwen25VL().model(name)
     tensors = {canonical_name(key): value for key, value in model.state_dict().items()}
     if CONFIGS[name]["tied"]:
         del tensors["lm_head.weight"]

@@ -1,203 +1,26 @@
-"""Qwen2.5-VL from Megatron-Core modules equals transformers, whole and on every parallel layout."""
+"""Qwen-VL: what the parity of all families (test_parity.py) does not cover."""
 
 from __future__ import annotations
 
 import re
-from functools import cache, partial
-from typing import Any
+from dataclasses import replace
+from functools import cache
 
 import pytest
 import torch
 
-from megarl.checkpoint.huggingface import load_hf, read_config
 from megarl.config import ModelConfig, ParallelConfig
-from megarl.kernels.logprob import linear_logprob
+from megarl.models.common.vision import VisionInputs
 from megarl.models.family import family_of
-from megarl.parallel import groups
-from tests.models.tiny_qwen_vl import (
-    BANNED,
-    CONFIGS,
-    ENTROPY_COEF,
-    TEMPERATURE,
-    VOCAB,
-    Batch,
-    Reference,
-    pack,
-    reference,
-    tiny_config,
-)
-
-LAYOUTS = {  # name -> ranks, (tensor, pipeline, sequence parallel)
-    "tp1": (1, (1, 1, False)),
-    "tp2": (2, (2, 1, False)),
-    "tp2_sp": (2, (2, 1, True)),
-    "pp2": (2, (1, 2, False)),
-    "tp2_pp2": (4, (2, 2, False)),
-    "tp2_sp_pp2": (4, (2, 2, True)),
-    "dp2": (2, (1, 1, False)),
-    "tp2_dp2": (4, (2, 1, True)),
-}
-MICROBATCHES = [[0], [1, 4, 2], [3], [5, 6]]  # text alone, text beside images, several images
-CASES = [(config, "tp1") for config in CONFIGS] + [
-    (config, layout) for config in ("gqa2_tied", "gqa4_untied") for layout in LAYOUTS if layout != "tp1"
-]
+from tests.models.parity import LAYOUTS, MICROBATCHES, assert_near, check_logits, joined, run, train
+from tests.models.qwen_vl import Qwen25VL
+from tests.models.reference import pack, reference
 
 
 @pytest.fixture(scope="module")
 def references(tmp_path_factory):
     """``references(name)``: the tiny model ``name`` and what transformers says about it, made once."""
-    return cache(lambda name: reference(name, tmp_path_factory.mktemp(name)))
-
-
-def train(
-    directory: str,
-    layout: tuple[int, int, bool],
-    model_config: ModelConfig,
-    microbatches: list[Batch],
-    force_all_reduce: bool = True,
-) -> dict[str, Any]:
-    """One optimizer step on this rank: its shards of logits, gradients and updated parameters.
-
-    Without ``force_all_reduce`` the gradients are whole only where the rank's optimizer needs them.
-    """
-    from megatron.core import parallel_state as ps
-    from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
-    from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
-    from megatron.core.pipeline_parallel import get_forward_backward_func
-
-    tp, pp, sp = layout
-    parallel = ParallelConfig(tensor_model_parallel_size=tp, pipeline_model_parallel_size=pp, sequence_parallel=sp)
-    groups.initialize(parallel, seed=0)
-    hf = read_config(directory)
-    family = family_of(hf)
-    model = family.build(
-        hf,
-        model_config,
-        parallel,
-        pre_process=ps.is_pipeline_first_stage(),
-        post_process=ps.is_pipeline_last_stage(),
-    )
-    load_hf(model, family.mappings(hf), directory)
-    model.freeze(model_config.freeze)
-    ddp_config = DistributedDataParallelConfig(use_distributed_optimizer=True, grad_reduce_in_fp32=True)
-    ddp = DistributedDataParallel(model.config, ddp_config, model)
-    model.config.finalize_model_grads_func = finalize_model_grads
-    optimizer = get_megatron_optimizer(
-        OptimizerConfig(
-            optimizer="adam",
-            lr=1e-2,
-            adam_beta2=0.95,
-            adam_eps=1e-2,
-            weight_decay=0.0,
-            clip_grad=0.0,
-            bf16=model_config.dtype == "bfloat16",
-            params_dtype=model.config.params_dtype,
-            use_distributed_optimizer=True,
-        ),
-        [ddp],
-    )
-    mine = microbatches[ps.get_data_parallel_rank() :: ps.get_data_parallel_world_size()]
-    logits, attentions = [], []
-    for name, module in model.named_modules():
-        if name.endswith("core_attention"):
-            module.register_forward_hook(lambda *_, name=name: attentions.append(name))
-
-    def loss(batch: Batch, hidden: torch.Tensor) -> tuple:
-        weight = model.output_weight()
-        logits.append((hidden @ weight.T).detach())
-        logprobs, entropy = linear_logprob(
-            hidden[batch.rows],
-            weight,
-            batch.targets,
-            temperature=TEMPERATURE,
-            banned_ids=BANNED,
-            vocab_size=model.vocab_size,
-            tp_group=ps.get_tensor_model_parallel_group(),
-            chunk_size=7,
-        )
-        value = (batch.weights * (-logprobs - ENTROPY_COEF * entropy)).sum()
-        return value, torch.tensor(len(batch.rows), dtype=torch.int), {}
-
-    def forward(iterator, model):
-        batch = next(iterator)
-        return model(*batch.forward), partial(loss, batch)
-
-    ddp.zero_grad_buffer()
-    optimizer.zero_grad()
-    get_forward_backward_func()(
-        forward_step_func=forward,
-        data_iterator=iter(mine),
-        model=ddp,
-        num_microbatches=len(mine),
-        seq_length=mine[0].forward[0].shape[1],
-        micro_batch_size=1,
-        forward_only=False,
-        force_all_reduce=force_all_reduce,
-    )
-    named = [(model.global_name(name), p) for name, p in model.named_parameters()]
-    gradients = {name: p.main_grad.clone() for name, p in named if p.requires_grad}
-    optimizer.step()
-    return {
-        "tp": ps.get_tensor_model_parallel_rank(),
-        "dp": ps.get_data_parallel_rank(),
-        "logits": logits,
-        "attentions": sorted(attentions),
-        "gradients": gradients,
-        "updated": {name: p.detach().clone() for name, p in named},
-    }
-
-
-def joined(results: list[dict], key: str, directory: str) -> dict[str, torch.Tensor]:
-    """Whole tensors by Hugging Face name, from the shards of the ranks; copies of a shard must agree."""
-    hf = read_config(directory)
-    whole = {}
-    for mapping in family_of(hf).mappings(hf):
-        shards: dict[int, torch.Tensor] = {}
-        for result in results:
-            shard = result[key].get(mapping.megatron)
-            if shard is not None and shards.setdefault(result["tp"], shard) is not shard:
-                torch.testing.assert_close(shard, shards[result["tp"]], rtol=1e-6, atol=1e-8)
-        if mapping.shard_dim is None and shards:
-            for shard in shards.values():
-                torch.testing.assert_close(shard, shards[0], rtol=1e-5, atol=1e-7)
-        if shards:
-            whole |= mapping.to_hf(mapping.join([shards[rank] for rank in sorted(shards)]))
-    return whole
-
-
-def assert_near(ours: dict[str, torch.Tensor], theirs: dict[str, torch.Tensor], tolerance: float = 1e-4) -> None:
-    assert set(ours) == set(theirs)
-    for name, expected in theirs.items():
-        difference = float((ours[name] - expected).norm() / expected.norm())
-        assert difference <= tolerance, f"{name}: relative difference {difference:.1e}"
-
-
-def check_logits(results: list[dict], ref: Reference, microbatches: list[list[int]]) -> None:
-    dp_size = 1 + max(r["dp"] for r in results)
-    for number, indices in enumerate(microbatches):
-        ranks = [r for r in results if r["logits"] and r["dp"] == number % dp_size]
-        ranks.sort(key=lambda r: r["tp"])
-        logits = torch.cat([r["logits"][number // dp_size] for r in ranks], dim=1)[:, :VOCAB]
-        expected = torch.cat([ref.logits[i] for i in indices])
-        difference = float((logits[: len(expected)] - expected).norm() / expected.norm())
-        assert difference <= 1e-5, f"microbatch {indices}: relative difference {difference:.1e}"
-
-
-def run(
-    pool, ref: Reference, layout: str, microbatches: list[list[int]] = MICROBATCHES, model: ModelConfig | None = None
-) -> list[dict]:
-    world_size, sizes = LAYOUTS[layout]
-    batches = [pack(ref, indices, multiple=sizes[0]) for indices in microbatches]
-    return pool.run(train, world_size, ref.directory, sizes, model or ModelConfig(), batches)
-
-
-@pytest.mark.parametrize(("config", "layout"), CASES)
-def test_equals_transformers(pool, references, config, layout):
-    ref = references(config)
-    results = run(pool, ref, layout)
-    check_logits(results, ref, MICROBATCHES)
-    assert_near(joined(results, "gradients", ref.directory), ref.gradients)
-    assert_near(joined(results, "updated", ref.directory), ref.updated)
+    return cache(lambda name: reference(Qwen25VL(), name, tmp_path_factory.mktemp(name)))
 
 
 @pytest.mark.parametrize(
@@ -260,13 +83,14 @@ def test_frozen_parts_stay_as_they_are(pool, references, layout):
 def test_an_image_shown_twice_is_encoded_once(pool, references):
     ref = references("gqa2_tied")
     batch = pack(ref, [5, 1, 5])
-    tokens, position_ids, cu_seqlens, pixels, grids = batch.forward
-    three, one = int(ref.samples[5].grids.prod(1).sum()), int(ref.samples[1].grids.prod(1).sum())
-    once = (tokens, position_ids, cu_seqlens, pixels[: three + one], grids[:4], torch.tensor([0, 1, 2, 3, 0, 1, 2]))
+    v = batch.vision
+    three, one = (int(ref.samples[i].grids.prod(1).sum()) for i in (5, 1))
+    distinct = VisionInputs(
+        v.pixel_values[: three + one], v.grids[:4], v.sizes[:4], torch.tensor([0, 1, 2, 3, 0, 1, 2])
+    )
     sizes = LAYOUTS["tp1"][1]
     twice, shared = (
-        pool.run(train, 1, ref.directory, sizes, ModelConfig(), [Batch(f, batch.rows, batch.targets, batch.weights)])
-        for f in (batch.forward, once)
+        pool.run(train, 1, ref.directory, sizes, ModelConfig(), [b]) for b in (batch, replace(batch, vision=distinct))
     )
     assert_near(joined(shared, "gradients", ref.directory), joined(twice, "gradients", ref.directory), 1e-5)
 
@@ -291,7 +115,7 @@ def test_bfloat16_stays_near_float32(pool, references):
     ],
 )
 def test_what_cannot_be_built_says_why(model, parallel, error, message):
-    config = tiny_config("gqa2_tied")
+    config = Qwen25VL().config("gqa2_tied")
     with pytest.raises(error, match=re.escape(message)):
         family_of(config).build(
             config, ModelConfig(**model), ParallelConfig(**parallel), pre_process=True, post_process=True
@@ -299,7 +123,7 @@ def test_what_cannot_be_built_says_why(model, parallel, error, message):
 
 
 def test_an_unknown_architecture_is_named():
-    config = tiny_config("gqa2_tied")
+    config = Qwen25VL().config("gqa2_tied")
     config.architectures = ["GPT2LMHeadModel"]
     with pytest.raises(ValueError, match=r"GPT2LMHeadModel.*Qwen2_5_VLForConditionalGeneration"):
         family_of(config)

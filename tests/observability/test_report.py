@@ -34,7 +34,7 @@ def sample(group: int, response: str, reward: float, image: bytes, advantage: fl
         loss_mask=mask,
         rollout_logprobs=np.zeros(4, np.float32),
         tokens=np.zeros(4, np.int32),
-        media=Media([image], np.array([[1, 2, 2]])),
+        media=Media([image], np.array([[1, 2, 2]]), np.array([[28, 28]]), np.zeros(1)),
         response=response,
         reward=reward,
         rewards={"score": reward, "format": 0.1},

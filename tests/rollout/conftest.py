@@ -18,9 +18,9 @@ def models(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def processor(models):
-    from megarl.data.processors import Processor
+    from megarl.data.processors import load_processor
 
-    return Processor(models[0])
+    return load_processor(models[0])
 
 
 @pytest.fixture(scope="session")

@@ -62,7 +62,7 @@ class HuggingFace:
         """[L - 1]: of tokens[1:], log_softmax(logits / temperature) with or without the banned ids."""
         grids = torch.as_tensor(media.grids)
         images = {"pixel_values": self.processor.pixel_values(media), "image_grid_thw": grids} if media.images else {}
-        positions = torch.as_tensor(self.processor.position_ids(tokens, media.grids))[:, None]
+        positions = torch.as_tensor(self.processor.position_ids(tokens, media))[:, None]
         ids = torch.as_tensor(tokens, dtype=torch.int64)[None]
         logits = self.model(input_ids=ids, position_ids=positions, **images).logits[0, :-1] / temperature
         if banned:

@@ -54,7 +54,7 @@ def test_score_equals_hugging_face(folder, stopped):
     from transformers import AutoModelForImageTextToText
 
     from megarl.config import DataConfig
-    from megarl.data.processors import Processor
+    from megarl.data.processors import load_processor
     from megarl.tasks.digits import Digits
 
     task = Digits("digits", DataConfig())
@@ -71,7 +71,7 @@ def test_score_equals_hugging_face(folder, stopped):
     run(folder / "score.log", "score", checkpoint, folder / "rows.jsonl", *options)
     scored = [json.loads(line) for line in out.read_text().splitlines()]
     assert [row["response_ids"] for row in scored][3] == [5, 6, 7]
-    processor = Processor(stopped / "hf")
+    processor = load_processor(stopped / "hf")
     model = AutoModelForImageTextToText.from_pretrained(stopped / "hf", dtype=torch.float32)
     for index, row in enumerate(scored):
         tokens = np.array(row["prompt_ids"] + row["response_ids"])

@@ -75,7 +75,7 @@ def cluster():
 
 @pytest.fixture
 def sync():
-    def positions(tokens, grids):
+    def positions(tokens, media):
         return np.arange(len(tokens))[None]
 
     return WeightSync(

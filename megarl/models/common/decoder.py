@@ -6,7 +6,13 @@ from typing import Any
 
 from megatron.core.models.gpt import GPTModel
 from megatron.core.tensor_parallel import copy_to_tensor_model_parallel_region, gather_from_sequence_parallel_region
+from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
+from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
+from transformers import PretrainedConfig
+
+from megarl.models.common.rotary import Rotary
+from megarl.models.mapping import padded_vocab_size
 
 
 class Decoder(GPTModel):
@@ -15,6 +21,29 @@ class Decoder(GPTModel):
     They are [T, 1, H] on every tensor-parallel rank, behind the region that sums what the ranks' shares of the
     vocabulary send back: whoever multiplies them with ``output_weight()`` returns a gradient of its own share only.
     """
+
+    def __init__(
+        self,
+        config: TransformerConfig,
+        spec: TransformerBlockSubmodules,
+        text: PretrainedConfig,
+        *,
+        tied: bool,
+        pre_process: bool,
+        post_process: bool,
+    ) -> None:
+        super().__init__(
+            config,
+            spec,
+            vocab_size=padded_vocab_size(text.vocab_size),
+            max_sequence_length=text.max_position_embeddings,
+            pre_process=pre_process,
+            post_process=post_process,
+            position_embedding_type="mrope",  # the one that is given position ids
+            share_embeddings_and_output_weights=tied,
+            scatter_embedding_sequence_parallel=False,
+        )
+        self.rotary_pos_emb = Rotary(text, config.kv_channels)
 
     def _postprocess(self, hidden_states: Tensor, **_: Any) -> Tensor:
         if not self.post_process:

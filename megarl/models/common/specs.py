@@ -12,9 +12,10 @@ from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.mlp import MLPSubmodules
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
+from megatron.core.transformer.transformer_config import TransformerConfig
 
 from megarl.config import ModelConfig
-from megarl.parallel.attention import RMSNorm, TorchAttention
+from megarl.parallel.attention import LayerNorm, RMSNorm, TorchAttention
 
 # A Transformer Engine layer fuses its norms into the linear layers behind them; mapping tables know the plain names.
 FUSED_NORMS = {
@@ -35,27 +36,34 @@ def require_transformer_engine() -> None:
         ) from error
 
 
-def layer_spec(model: ModelConfig, *, causal: bool = True) -> ModuleSpec:
-    """A pre-norm RMSNorm layer with rotary self-attention over packed sequences."""
+def norm_module(config: TransformerConfig) -> type[RMSNorm | LayerNorm]:
+    """The norm that ``config.normalization`` names."""
+    return RMSNorm if config.normalization == "RMSNorm" else LayerNorm
+
+
+def layer_spec(model: ModelConfig, config: TransformerConfig, *, causal: bool = True) -> ModuleSpec:
+    """A pre-norm layer of ``config`` with self-attention over packed sequences."""
     mask = AttnMaskType.causal if causal else AttnMaskType.no_mask
     if model.transformer_impl == "transformer_engine":
         require_transformer_engine()
-        spec = get_gpt_layer_with_transformer_engine_spec()
+        spec = get_gpt_layer_with_transformer_engine_spec(qk_layernorm=config.qk_layernorm)
     else:
         if model.attention_backend == "varlen" and not (torch.cuda.is_available() and model.dtype == "bfloat16"):
             raise ValueError("model.attention_backend=varlen needs CUDA and model.dtype=bfloat16")
         spec = get_gpt_layer_local_spec(normalization="RMSNorm")
-        spec.submodules.input_layernorm = spec.submodules.pre_mlp_layernorm = RMSNorm
-        spec.submodules.self_attention.submodules.core_attention = ModuleSpec(
-            module=TorchAttention, params={"backend": model.attention_backend}
-        )
+        norm = norm_module(config)
+        spec.submodules.input_layernorm = spec.submodules.pre_mlp_layernorm = norm
+        attention = spec.submodules.self_attention.submodules
+        attention.core_attention = ModuleSpec(module=TorchAttention, params={"backend": model.attention_backend})
+        if config.qk_layernorm:
+            attention.q_layernorm = attention.k_layernorm = norm
     spec.submodules.self_attention.params = {"attn_mask_type": mask}
     return spec
 
 
-def block_spec(layer: ModuleSpec, num_layers: int) -> TransformerBlockSubmodules:
-    """``num_layers`` equal layers and, where the block has one, a final RMSNorm."""
-    return TransformerBlockSubmodules(layer_specs=[layer] * num_layers, layer_norm=RMSNorm)
+def block_spec(layer: ModuleSpec, config: TransformerConfig, num_layers: int) -> TransformerBlockSubmodules:
+    """``num_layers`` equal layers and, where the block has one, a final norm."""
+    return TransformerBlockSubmodules(layer_specs=[layer] * num_layers, layer_norm=norm_module(config))
 
 
 def mlp_spec() -> MLPSubmodules:

@@ -1,4 +1,4 @@
-"""Vision transformer parts: positions of patches, and layers that attend within windows or whole images.
+"""What a vision tower takes, where its patches are, and layers that attend within windows or whole images.
 
 Shapes: I images, P patches, [I, 3] grids of (time, height, width) in patches. Patches come in the processor's order:
 the ``merge x merge`` patches that become one token lie side by side.
@@ -14,6 +14,16 @@ import torch.nn.functional as F
 from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.transformer.transformer_layer import TransformerLayer
 from torch import Tensor
+
+
+@dataclass
+class VisionInputs:
+    """Distinct images and videos of a microbatch, as a vision tower takes them, and where they are shown."""
+
+    pixel_values: Tensor  # [P, E] patches, one image after the other
+    grids: Tensor  # [I, 3] int64 (time or tiles, height, width) in patches
+    sizes: Tensor  # [I, 2] int64 (height, width) in pixels as they were read
+    index: Tensor  # [J] int64, the image that each of the J places shows
 
 
 def patch_positions(grids: Tensor, merge: int) -> Tensor:

@@ -7,12 +7,22 @@ from __future__ import annotations
 
 from transformers import PretrainedConfig
 
-from megarl.models.mapping import QKV, Flattened, FusedQKV, GatedMLP, Mapping, Vocab
+from megarl.models.common.language import language_mappings
+from megarl.models.mapping import Flattened, FusedQKV, GatedMLP, Mapping
 
 
 def mappings(hf: PretrainedConfig) -> list[Mapping]:
     """One mapping for each parameter of the unsplit model; tied output weights have none of their own."""
-    return [*_vision(hf), *_language(hf)]
+    return [*_vision(hf), *language_mappings(hf.text_config, tied=hf.tie_word_embeddings)]
+
+
+def canonical_name(name: str) -> str:
+    """The published spelling of a tensor's name, whichever version of transformers wrote the file."""
+    if name.startswith("model.visual."):
+        return name.removeprefix("model.")
+    if name.startswith("model.language_model."):
+        return "model." + name.removeprefix("model.language_model.")
+    return name
 
 
 def _vision(hf: PretrainedConfig) -> list[Mapping]:
@@ -51,39 +61,4 @@ def _vision(hf: PretrainedConfig) -> list[Mapping]:
                     hf=(f"{theirs}mlp.gate_proj.{kind}", f"{theirs}mlp.up_proj.{kind}"),
                 ),
             ]
-    return table
-
-
-def _language(hf: PretrainedConfig) -> list[Mapping]:
-    text = hf.text_config
-    vocab = {"vocab_size": text.vocab_size}
-    ours, theirs = "language_model.", "model."
-    table: list[Mapping] = [
-        Vocab(megatron=f"{ours}embedding.word_embeddings.weight", hf=(f"{theirs}embed_tokens.weight",), **vocab),
-        Mapping(megatron=f"{ours}decoder.final_layernorm.weight", hf=(f"{theirs}norm.weight",)),
-    ]
-    if not hf.tie_word_embeddings:
-        table.append(Vocab(megatron=f"{ours}output_layer.weight", hf=("lm_head.weight",), **vocab))
-    for i in range(text.num_hidden_layers):
-        ours, theirs = f"language_model.decoder.layers.{i}.", f"model.layers.{i}."
-        attention = f"{ours}self_attention.linear_"
-        table += [
-            Mapping(megatron=f"{ours}input_layernorm.weight", hf=(f"{theirs}input_layernorm.weight",)),
-            Mapping(megatron=f"{ours}pre_mlp_layernorm.weight", hf=(f"{theirs}post_attention_layernorm.weight",)),
-            Mapping(megatron=f"{attention}proj.weight", hf=(f"{theirs}self_attn.o_proj.weight",), shard_dim=1),
-            GatedMLP(
-                megatron=f"{ours}mlp.linear_fc1.weight",
-                hf=(f"{theirs}mlp.gate_proj.weight", f"{theirs}mlp.up_proj.weight"),
-            ),
-            Mapping(megatron=f"{ours}mlp.linear_fc2.weight", hf=(f"{theirs}mlp.down_proj.weight",), shard_dim=1),
-        ]
-        table += [
-            QKV(
-                megatron=f"{attention}qkv.{kind}",
-                hf=tuple(f"{theirs}self_attn.{name}_proj.{kind}" for name in "qkv"),
-                num_heads=text.num_attention_heads,
-                num_groups=text.num_key_value_heads,
-            )
-            for kind in ("weight", "bias")
-        ]
     return table

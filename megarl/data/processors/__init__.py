@@ -1,0 +1,35 @@
+"""The processor of a model directory: see ``base.Processor``."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from megarl.config import RunConfig
+from megarl.data.processors.base import Processor
+from megarl.data.processors.qwen_vl import QwenVLProcessor
+from megarl.utils import torchvision_cpu
+
+torchvision_cpu.install()
+
+from transformers import AutoConfig  # noqa: E402
+
+PROCESSORS: dict[str, type[Processor]] = {"qwen2_vl": QwenVLProcessor, "qwen2_5_vl": QwenVLProcessor}  # by model_type
+
+
+def load_processor(hf_dir: str | Path, config: RunConfig | None = None) -> Processor:
+    """The processor of ``hf_dir`` with the bounds of ``config``; ``ValueError`` when its model_type is unknown."""
+    config = config or RunConfig()
+    hf = AutoConfig.from_pretrained(hf_dir)
+    if hf.model_type not in PROCESSORS:
+        known = ", ".join(PROCESSORS)
+        raise ValueError(f"{hf_dir}: no processor for model_type {hf.model_type!r}, only for {known}")
+    return PROCESSORS[hf.model_type](
+        hf_dir,
+        hf,
+        min_pixels=config.model.min_pixels,
+        max_pixels=config.model.max_pixels,
+        max_image_pixels=config.data.max_image_pixels,
+    )
+
+
+__all__ = ["PROCESSORS", "Processor", "load_processor"]

@@ -1,0 +1,130 @@
+"""One pipeline stage of a policy that reads packed tokens: what text-only and multimodal families share.
+
+Shapes: T packed tokens of S sequences, H hidden, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import ClassVar
+
+from megatron.core.tensor_parallel import scatter_to_sequence_parallel_region
+from megatron.core.transformer.enums import ModelType
+from megatron.core.transformer.module import MegatronModule
+from megatron.core.transformer.transformer_block import get_num_layers_to_build
+from megatron.core.transformer.transformer_layer import get_transformer_layer_offset
+from torch import Tensor
+from transformers import PretrainedConfig
+
+from megarl.config import ModelConfig, ParallelConfig
+from megarl.models.common.decoder import Decoder
+from megarl.models.common.language import decoder_config
+from megarl.models.common.specs import block_spec, layer_spec, unfused_name
+from megarl.models.common.vision import VisionInputs
+from megarl.parallel.attention import packed_sequences
+
+
+class LanguageModel(MegatronModule):
+    """A stage with a decoder and nothing else; ``text`` is the decoder's part of the Hugging Face configuration."""
+
+    parts: ClassVar = {"decoder": "language_model"}  # what ``model.freeze`` calls a submodule
+
+    def __init__(
+        self,
+        text: PretrainedConfig,
+        model: ModelConfig,
+        parallel: ParallelConfig,
+        *,
+        tied: bool,
+        pre_process: bool = True,
+        post_process: bool = True,
+    ) -> None:
+        config = decoder_config(text, model, parallel)
+        super().__init__(config)
+        self.pre_process, self.post_process = pre_process, post_process
+        self.model_type = ModelType.encoder_or_decoder  # read by mcore's schedules
+        self.share_embeddings_and_output_weights = tied
+        self.vocab_size = text.vocab_size
+        self.transformer_impl = model.transformer_impl
+        self.language_model = Decoder(
+            config,
+            block_spec(layer_spec(model, config), config, get_num_layers_to_build(config)),
+            text,
+            tied=tied,
+            pre_process=pre_process,
+            post_process=post_process,
+        )
+        self.layer_offset = get_transformer_layer_offset(config)
+
+    def forward(
+        self,
+        tokens: Tensor,
+        position_ids: Tensor,
+        cu_seqlens: Tensor,
+        vision: VisionInputs | None = None,
+        parents: Tensor | None = None,
+    ) -> Tensor:
+        """Hidden states [T, H] after the final norm on the last stage, elsewhere what the next stage takes.
+
+        tokens: [1, T] int64; position_ids: [3, 1, T], or [1, 1, T] where the model knows one axis; cu_seqlens: [S + 1]
+        int32 from 0 to T, and T a multiple of the tensor-parallel size under sequence parallelism. vision: read by the
+        first stage only; None without images. parents: [S] int32, the sequence that each continues, or -1; None: no
+        sequence continues another. Every rank of the model-parallel group calls it.
+        """
+        embeddings = None
+        if self.pre_process:
+            embeddings = self.embed(tokens, vision)
+            if self.config.sequence_parallel:
+                embeddings = scatter_to_sequence_parallel_region(embeddings)
+        hidden = self.language_model(
+            None,
+            position_ids,
+            None,
+            decoder_input=embeddings,
+            packed_seq_params=packed_sequences(cu_seqlens, parents, transformer_impl=self.transformer_impl),
+        )
+        return hidden[:, 0] if self.post_process else hidden
+
+    def embed(self, tokens: Tensor, vision: VisionInputs | None) -> Tensor:
+        """The decoder's input [T, 1, H]."""
+        if vision is not None:
+            raise ValueError("a model without a vision tower cannot be shown images")
+        return self.language_model.embedding(input_ids=tokens, position_ids=None)
+
+    def output_weight(self) -> Tensor:
+        """This rank's rows [V_local, H] of the output matrix, padding included; only on the last stage."""
+        return self.language_model.output_weight()
+
+    def freeze(self, parts: Iterable[str]) -> None:
+        """Take ``parts`` out of training; called before an optimizer is built."""
+        parts = set(parts)
+        unknown = sorted(parts - set(self.parts))
+        if unknown:
+            raise ValueError(f"model.freeze={unknown}: this model has {', '.join(self.parts)} only")
+        if parts == set(self.parts):
+            raise ValueError("model.freeze names every part: nothing is left to train")
+        for part in parts:
+            if self.pre_process or part == "decoder":
+                self.get_submodule(self.parts[part]).requires_grad_(False)
+
+    def global_name(self, local_name: str) -> str:
+        """The name in the unsplit model (and in the mapping table) of this stage's parameter ``local_name``.
+
+        A tied output matrix, which the last of several stages holds a copy of, has the embedding's name.
+        """
+        name = unfused_name(local_name)
+        layers = "language_model.decoder.layers."
+        if name.startswith(layers):
+            number, _, rest = name.removeprefix(layers).partition(".")
+            return f"{layers}{int(number) + self.layer_offset}.{rest}"
+        if name == "language_model.output_layer.weight" and self.share_embeddings_and_output_weights:
+            return "language_model.embedding.word_embeddings.weight"
+        return name
+
+    def set_input_tensor(self, input_tensor: list[Tensor | None]) -> None:
+        """Take the previous stage's output; called by mcore's schedules."""
+        self.language_model.set_input_tensor(input_tensor)
+
+    def shared_embedding_or_output_weight(self) -> Tensor | None:
+        """The tied matrix on the stages that hold it; called by mcore's gradient reduction."""
+        return self.language_model.shared_embedding_or_output_weight()

@@ -1,0 +1,60 @@
+"""Rotary positions of packed tokens: one angle a token and channel, whatever the model's way to place it.
+
+Shapes: T packed tokens, D channels of a head that are turned.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from transformers import PretrainedConfig
+from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+
+_SCALINGS = ("linear", "llama3")  # those that change frequencies only, and the same for every length
+
+
+def rotary_frequencies(text: PretrainedConfig, head_dim: int) -> Tensor:
+    """[D / 2] float32; raises ``ValueError`` for a kind of scaling that is not supported."""
+    parameters = text.rope_parameters
+    kind = parameters["rope_type"]
+    if kind == "default":
+        channels = int(head_dim * parameters.get("partial_rotary_factor", 1.0))
+        return 1.0 / parameters["rope_theta"] ** (torch.arange(0, channels, 2, dtype=torch.float32) / channels)
+    if kind not in _SCALINGS:
+        raise ValueError(f"rope_scaling.rope_type={kind!r} is not one of default, {', '.join(_SCALINGS)}")
+    frequencies, attention_scaling = ROPE_INIT_FUNCTIONS[kind](text, torch.device("cpu"))
+    assert attention_scaling == 1.0
+    return frequencies
+
+
+def rotary_axes(text: PretrainedConfig, channels: int) -> Tensor:
+    """[D / 2] int64: which row of the position ids (0: time or the only one, 1: height, 2: width) turns a channel.
+
+    ``mrope_section`` counts the channels of each axis, laid out one axis after the other or, ``mrope_interleaved``,
+    in turns (Qwen3-VL). ``channels``: D / 2.
+    """
+    section = text.rope_parameters.get("mrope_section")
+    if section is None:
+        return torch.zeros(channels, dtype=torch.int64)
+    if text.rope_parameters.get("mrope_interleaved"):
+        axes = torch.zeros(channels, dtype=torch.int64)
+        for axis in (1, 2):
+            axes[axis : 3 * section[axis] : 3] = axis
+        return axes
+    return torch.repeat_interleave(torch.arange(3), torch.tensor(section))
+
+
+class Rotary(nn.Module):
+    """Takes the place of Megatron-Core's ``MultimodalRotaryEmbedding`` in a GPT model."""
+
+    def __init__(self, text: PretrainedConfig, head_dim: int) -> None:
+        super().__init__()
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+        frequencies = rotary_frequencies(text, head_dim).to(device)
+        self.register_buffer("frequencies", frequencies, persistent=False)
+        self.register_buffer("axes", rotary_axes(text, len(frequencies)).to(device), persistent=False)
+
+    def forward(self, position_ids: Tensor, *_: object, **__: object) -> Tensor:
+        """position_ids [3 or 1, 1, T] -> angles [T, 1, 1, D] float32."""
+        angles = (position_ids[self.axes, 0].float() * self.frequencies[:, None]).T
+        return torch.cat([angles, angles], -1)[:, None, None]

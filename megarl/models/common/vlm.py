@@ -1,0 +1,73 @@
+"""A language model that sees: a vision tower and a projector on the first pipeline stage, and the decoder.
+
+Shapes: T packed tokens, I distinct images shown at J places, P patches of E numbers, H hidden of the decoder.
+"""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+from transformers import PretrainedConfig
+
+from megarl.config import ModelConfig, ParallelConfig
+from megarl.models.common.language_model import LanguageModel
+from megarl.models.common.vision import VisionInputs
+
+
+class VisionLanguageModel(LanguageModel):
+    """What families fill in: ``build_vision`` and ``encode``, and ``blank`` for a microbatch without images."""
+
+    parts: ClassVar = {"vision_tower": "vision_model", "projector": "vision_projection", "decoder": "language_model"}
+
+    def __init__(
+        self,
+        hf: PretrainedConfig,
+        model: ModelConfig,
+        parallel: ParallelConfig,
+        *,
+        media_token_ids: tuple[int, ...],
+        pre_process: bool = True,
+        post_process: bool = True,
+    ) -> None:
+        super().__init__(
+            hf.text_config,
+            model,
+            parallel,
+            tied=hf.tie_word_embeddings,
+            pre_process=pre_process,
+            post_process=post_process,
+        )
+        self.media_token_ids = media_token_ids
+        if pre_process:
+            self.build_vision(hf, model, parallel)
+
+    @abstractmethod
+    def build_vision(self, hf: PretrainedConfig, model: ModelConfig, parallel: ParallelConfig) -> None:
+        """Set ``vision_model`` and ``vision_projection``: tensor parallel, whole on this stage."""
+
+    @abstractmethod
+    def encode(self, vision: VisionInputs) -> list[Tensor]:
+        """Each of the I distinct images as tokens of the decoder [n, H]."""
+
+    @abstractmethod
+    def blank(self) -> VisionInputs:
+        """The smallest possible image."""
+
+    def embed(self, tokens: Tensor, vision: VisionInputs | None) -> Tensor:
+        """The decoder's input [T, 1, H]: words with images among them.
+
+        A microbatch without images runs the tower on a blank one of weight zero, so that every rank takes part in its
+        collectives and every parameter has a gradient.
+        """
+        embeddings = super().embed(tokens, None)
+        if vision is None:
+            return embeddings + 0 * torch.cat(self.encode(self.blank())).sum()
+        encoded = self.encode(vision)
+        images = torch.cat([encoded[i] for i in vision.index.tolist()]).to(embeddings.dtype)
+        places = torch.isin(tokens[0], tokens.new_tensor(self.media_token_ids))
+        if len(images) != int(places.sum()):
+            raise ValueError(f"images give {len(images)} tokens and the text has places for {int(places.sum())}")
+        return embeddings[:, 0].masked_scatter(places[:, None], images)[:, None]

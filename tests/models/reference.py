@@ -1,0 +1,159 @@
+"""What transformers says about small random models: the reference that every family's tests share.
+
+A family is a ``Case`` (``tests/models/qwen_vl.py``, ...): how to draw a small configuration and samples for it, and
+what transformers' forward takes beside token ids.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from megarl.models.common.vision import VisionInputs
+from megarl.models.family import family_of
+from megarl.utils import torchvision_cpu
+
+torchvision_cpu.install()
+
+import transformers  # noqa: E402
+
+VOCAB, IMAGE, VIDEO, VISION_START, VISION_END = 200, 190, 191, 192, 193
+WORDS = 180  # ids below are words
+BANNED = (IMAGE, VIDEO, VISION_START)
+TEMPERATURE, ENTROPY_COEF = 0.7, 0.1
+
+
+@dataclass
+class Sample:
+    tokens: Tensor  # [L]
+    position_ids: Tensor  # [3 or 1, L]
+    pixel_values: Tensor  # [P, E]
+    grids: Tensor  # [I, 3]
+    sizes: Tensor  # [I, 2]
+
+
+@dataclass
+class Batch:
+    """A microbatch in the arguments of ``LanguageModel.forward``, with the rows that the loss reads."""
+
+    tokens: Tensor  # [1, T]
+    position_ids: Tensor  # [3 or 1, 1, T]
+    cu_seqlens: Tensor  # [S + 1]
+    vision: VisionInputs | None
+    rows: Tensor  # [N]
+    targets: Tensor  # [N]
+    weights: Tensor  # [N]
+
+    @property
+    def forward(self) -> tuple:
+        return self.tokens, self.position_ids, self.cu_seqlens, self.vision
+
+
+class Case(ABC):
+    """A family's small models, by name."""
+
+    names: tuple[str, ...]
+
+    @abstractmethod
+    def config(self, name: str) -> transformers.PretrainedConfig:
+        """With VOCAB, IMAGE, ... as its ids."""
+
+    @abstractmethod
+    def samples(self, model: transformers.PreTrainedModel, seed: int) -> list[Sample]:
+        """Seven: text alone, one image, several images of odd sizes; see ``words``."""
+
+    @abstractmethod
+    def inputs(self, samples: list[Sample], tokens: Tensor) -> dict[str, Any]:
+        """What transformers takes beside ``input_ids`` (``tokens`` [S, L], padded) and the mask."""
+
+    def model(self, name: str, seed: int = 0) -> transformers.PreTrainedModel:
+        """With every bias and norm away from its initial 0 and 1, so that no path goes untested."""
+        torch.manual_seed(seed)
+        config = self.config(name)
+        model = getattr(transformers, config.architectures[0])(config).float()
+        with torch.no_grad():
+            for parameter in model.parameters():
+                parameter.add_(torch.randn_like(parameter), alpha=0.1)
+        return model
+
+
+@dataclass
+class Reference:
+    directory: str  # Hugging Face directory
+    samples: list[Sample]
+    weights: list[Tensor]  # [L - 1] of each sample's predictions in the loss
+    logits: list[Tensor] = field(default_factory=list)  # [L, V] of each sample
+    gradients: dict[str, Tensor] = field(default_factory=dict)  # by canonical name, of the mean loss
+    updated: dict[str, Tensor] = field(default_factory=dict)  # parameters after one step of AdamW
+
+
+def words(length: int, generator: torch.Generator) -> Tensor:
+    return torch.randint(3, WORDS, (length,), generator=generator)
+
+
+def loss_of(logits: Tensor, targets: Tensor, weights: Tensor) -> Tensor:
+    """The weighted sum that the tests differentiate, from logits [N, V]."""
+    logits = logits / TEMPERATURE
+    allowed = torch.ones(VOCAB, dtype=torch.bool)
+    allowed[list(BANNED)] = False
+    logprobs = logits.masked_fill(~allowed, -torch.inf).log_softmax(-1)
+    entropy = -(logprobs.exp() * logprobs.masked_fill(~allowed, 0)).sum(-1)
+    return (weights * (-logprobs.gather(1, targets[:, None])[:, 0] - ENTROPY_COEF * entropy)).sum()
+
+
+def trained(sample: Sample) -> Tensor:
+    """Positions whose next token is a word: [N] int64."""
+    return (sample.tokens[1:] < WORDS).nonzero()[:, 0]
+
+
+def reference(case: Case, name: str, directory: Path) -> Reference:
+    """Write the model ``name`` to ``directory`` and run transformers on one padded batch of the samples."""
+    model = case.model(name)
+    model.save_pretrained(directory)
+    canonical_name = family_of(model.config).canonical_name
+    samples = case.samples(model, seed=0)
+    generator = torch.Generator().manual_seed(1)
+    result = Reference(str(directory), samples, [torch.randn(len(trained(s)), generator=generator) for s in samples])
+    width = max(len(s.tokens) for s in samples)
+    tokens = torch.stack([torch.nn.functional.pad(s.tokens, (0, width - len(s.tokens))) for s in samples])
+    mask = torch.stack([(torch.arange(width) < len(s.tokens)).long() for s in samples])
+    logits = model(input_ids=tokens, attention_mask=mask, **case.inputs(samples, tokens)).logits
+    total = torch.zeros(())
+    for row, sample, weights in zip(logits, samples, result.weights, strict=True):
+        at = trained(sample)
+        total = total + loss_of(row[at], sample.tokens[at + 1], weights)
+        result.logits.append(row[: len(sample.tokens)].detach())
+    (total / sum(len(w) for w in result.weights)).backward()
+    named = [(canonical_name(n), p) for n, p in model.named_parameters()]
+    result.gradients = {n: torch.zeros_like(p) if p.grad is None else p.grad.clone() for n, p in named}
+    torch.optim.AdamW(model.parameters(), lr=1e-2, betas=(0.9, 0.95), eps=1e-2, weight_decay=0.0).step()
+    result.updated = {n: p.detach() for n, p in named}
+    return result
+
+
+def pack(reference: Reference, indices: list[int], multiple: int = 1) -> Batch:
+    """The samples ``indices`` end to end, the last one padded until the tokens are a multiple of ``multiple``."""
+    samples = [reference.samples[i] for i in indices]
+    lengths = [len(s.tokens) for s in samples]
+    padding = -sum(lengths) % multiple
+    starts = torch.tensor([0, *lengths]).cumsum(0)
+    rows = torch.cat([trained(s) + start for s, start in zip(samples, starts[:-1].tolist(), strict=True)])
+    cu_seqlens = starts.clone()
+    cu_seqlens[-1] += padding
+    tokens = torch.nn.functional.pad(torch.cat([s.tokens for s in samples]), (0, padding))
+    position_ids = torch.nn.functional.pad(torch.cat([s.position_ids for s in samples], -1), (0, padding))
+    pixels, grids, sizes = (torch.cat([getattr(s, n) for s in samples]) for n in ("pixel_values", "grids", "sizes"))
+    return Batch(
+        tokens=tokens[None],
+        position_ids=position_ids[:, None],
+        cu_seqlens=cu_seqlens.int(),
+        vision=VisionInputs(pixels, grids, sizes, torch.arange(len(grids))) if len(grids) else None,
+        rows=rows,
+        targets=tokens[rows + 1],
+        weights=torch.cat([reference.weights[i] for i in indices]),
+    )

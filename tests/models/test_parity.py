@@ -1,0 +1,31 @@
+"""Every family from Megatron-Core modules equals transformers, whole and on every parallel layout."""
+
+from __future__ import annotations
+
+from functools import cache
+
+import pytest
+
+from tests.models.parity import LAYOUTS, MICROBATCHES, assert_near, check_logits, joined, run
+from tests.models.qwen_vl import Qwen25VL
+from tests.models.reference import Case, reference
+
+FAMILIES: dict[str, Case] = {"qwen2_5_vl": Qwen25VL()}
+CASES = [(family, name, "tp1") for family, case in FAMILIES.items() for name in case.names] + [
+    ("qwen2_5_vl", name, layout) for name in ("gqa2_tied", "gqa4_untied") for layout in LAYOUTS if layout != "tp1"
+]
+
+
+@pytest.fixture(scope="module")
+def references(tmp_path_factory):
+    """``references(family, name)``: a tiny model and what transformers says about it, made once."""
+    return cache(lambda family, name: reference(FAMILIES[family], name, tmp_path_factory.mktemp(name)))
+
+
+@pytest.mark.parametrize(("family", "name", "layout"), CASES)
+def test_equals_transformers(pool, references, family, name, layout):
+    ref = references(family, name)
+    results = run(pool, ref, layout)
+    check_logits(results, ref, MICROBATCHES)
+    assert_near(joined(results, "gradients", ref.directory), ref.gradients)
+    assert_near(joined(results, "updated", ref.directory), ref.updated)
