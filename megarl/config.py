@@ -381,14 +381,18 @@ def _unknown(key: str, tree: DictConfig) -> str:
 
 
 def _override(tree: DictConfig, key: str, value: str) -> DictConfig:
-    """Return ``tree`` with ``key`` set; a single value becomes a list where a list is expected."""
+    """Return ``tree`` with ``key`` set; a single value becomes a list where one is expected, ``{}`` empties a dict."""
     try:
-        if isinstance(OmegaConf.select(tree, key), ListConfig) and not value.startswith("["):
+        node = OmegaConf.select(tree, key)
+        if isinstance(node, ListConfig) and not value.startswith("["):
             value = f"[{value}]"
+        if value == "{}" and OmegaConf.get_type(node) is dict:  # merging it would leave everything as it is
+            OmegaConf.update(tree, key, {}, merge=False)
+            return tree
         return OmegaConf.merge(tree, OmegaConf.from_dotlist([f"{key}={value}"]))
     except ConfigKeyError as error:
         raise ValueError(_unknown(key, tree)) from error
-    except (OmegaConfBaseException, TypeError) as error:
+    except (OmegaConfBaseException, TypeError, YAMLError) as error:
         raise ValueError(f"{key}={value}: {str(error).splitlines()[0]}") from error
 
 

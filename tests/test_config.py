@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from megarl.config import ALIASES, RunConfig, TaskConfig, apply_overrides, load_experiment, to_yaml
+from megarl.config import ALIASES, RolloutConfig, RunConfig, TaskConfig, apply_overrides, load_experiment, to_yaml
 
 
 def override(*overrides: str) -> RunConfig:
@@ -207,3 +207,13 @@ def test_sharing_prompts_is_refused_where_the_attention_cannot():
     for wrong in ("model.transformer_impl=transformer_engine", "model.attention_backend=varlen"):
         with pytest.raises(ValueError, match=r"trainer\.share_prompts=True needs sdpa attention"):
             apply_overrides(RunConfig(), ["trainer.share_prompts=True", wrong])
+
+
+def test_braces_empty_a_dictionary():
+    config = RunConfig(tasks={"a": TaskConfig(path="x:Y")}, rollout=RolloutConfig(engine={"b": 1}))
+    emptied = apply_overrides(config, ["tasks={}", "rollout.engine={}"])
+    assert (emptied.tasks, emptied.rollout.engine) == ({}, {})
+    assert apply_overrides(config, ["tasks={c: {path: z}}"]).tasks.keys() == {"a", "c"}
+    assert apply_overrides(config, ["optimizer={}"]) == config
+    with pytest.raises(ValueError, match=r"tasks=\{c:\{: while"):
+        apply_overrides(config, ["tasks={c:{"])

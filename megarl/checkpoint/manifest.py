@@ -115,6 +115,11 @@ def _by_step(directory: str | Path) -> list[tuple[int, Path]]:
     return sorted((int(match[1]), path) for match, path in found if match)
 
 
+def complete(directory: str | Path) -> list[Path]:
+    """The complete checkpoints of a run, the newest last."""
+    return [path for _, path in _by_step(directory) if (path / MANIFEST_FILE).is_file()]
+
+
 def latest(directory: str | Path) -> Path | None:
     """The newest complete checkpoint of a run, None when there is none; interrupted ones are skipped with a warning."""
     for _, path in reversed(_by_step(directory)):

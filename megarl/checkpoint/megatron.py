@@ -40,6 +40,7 @@ from megarl.checkpoint.huggingface import CheckpointError, copy_auxiliary_files,
 from megarl.checkpoint.manifest import (
     MANIFEST_FILE,
     Manifest,
+    complete,
     damaged_files,
     discard,
     file_sha256,
@@ -52,7 +53,7 @@ from megarl.checkpoint.manifest import (
 from megarl.checkpoint.optimizer_state import OPTIMIZER_FORMAT, padded_buckets
 from megarl.config import RunConfig, to_yaml
 
-__all__ = ["Handle", "latest", "load", "prune", "save", "save_to"]
+__all__ = ["Handle", "complete", "latest", "load", "prune", "save", "save_to"]
 
 OPTIMIZER_PREFIX = "optimizer."
 

@@ -258,9 +258,11 @@ def write_report(run_dir: str | Path) -> Path:
     run_dir = Path(run_dir)
     if not run_dir.is_dir():
         raise FileNotFoundError(f"{run_dir}: no such run directory")
-    rows, unreadable = read_metrics(run_dir / METRICS_FILE)
     config_file = run_dir / "config.yaml"
-    config_text = config_file.read_text() if config_file.exists() else ""
+    if not config_file.is_file():
+        raise FileNotFoundError(f"{run_dir}: not a run directory: it has no config.yaml")
+    rows, unreadable = read_metrics(run_dir / METRICS_FILE)
+    config_text = config_file.read_text()
     config = yaml.safe_load(config_text) or {}
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(Path(__file__).parent),

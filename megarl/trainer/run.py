@@ -33,6 +33,7 @@ from megarl.observability.console import Console
 from megarl.observability.tracker import Tracker
 from megarl.registry import load_object
 from megarl.tasks.task import Task, build_tasks
+from megarl.utils.errors import RunFailure
 from megarl.workers.group import WorkerGroup
 
 
@@ -155,11 +156,19 @@ class Run:
         if resume is None:
             self.tracker.truncate(0)
             return {"step": 0}
-        extra = workers.call("load_checkpoint", str(resume))[0]
+        extra = self._load(workers, resume)
         self.last_saved = extra["step"]
         self.tracker.truncate(extra["step"])
         self.console.message(f"resumed from {resume} after step {extra['step']}")
         return extra
+
+    def _load(self, workers: WorkerGroup, path: Path) -> dict[str, Any]:
+        try:
+            return workers.call("load_checkpoint", str(path))[0]
+        except RunFailure as error:
+            older = [p for p in checkpoints.complete(self.checkpoints) if p.name < path.name]
+            hint = f"; trainer.resume={older[-1]} is older and complete" if older else ""
+            raise type(error)(f"{error}{hint}") from error
 
     def save(self, workers: WorkerGroup, step: int, extra: dict[str, Any], *, wait: bool = False) -> None:
         """Checkpoint ``step`` unless that is done; earlier saves are completed and old checkpoints removed."""

@@ -98,6 +98,7 @@ def test_the_page_holds_curves_rollouts_and_nothing_from_outside(tmp_path):
 
 
 def test_a_large_image_is_made_smaller(tmp_path):
+    make_run(tmp_path, 1)
     RolloutWriter(tmp_path).write(1, [sample(0, "a", 1.0, encoded("PNG", 1200))])
     page = write_report(tmp_path)
     assert page.stat().st_size < 1_000_000
@@ -105,6 +106,7 @@ def test_a_large_image_is_made_smaller(tmp_path):
 
 
 def test_a_run_without_anything_still_has_a_page(tmp_path):
+    (tmp_path / "config.yaml").write_text("name: a\n")
     assert "No step has been recorded yet." in write_report(tmp_path).read_text()
 
 
@@ -120,6 +122,9 @@ def test_one_step_and_half_a_line(tmp_path):
 def test_a_missing_run_directory_is_named(tmp_path):
     with pytest.raises(FileNotFoundError, match="nowhere"):
         write_report(tmp_path / "nowhere")
+    with pytest.raises(FileNotFoundError, match="not a run directory"):
+        write_report(tmp_path)
+    assert not (tmp_path / "report.html").exists()
 
 
 def test_smoothing_keeps_a_constant_and_the_ends_of_a_line():

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 
 import numpy as np
@@ -114,6 +115,18 @@ def test_a_mistake_is_one_line(folder, tmp_path, change, message):
 def test_never_resume_does_not_overwrite(folder, stopped):
     text = run(folder / "never.log", *arguments(folder, "stopped", "trainer.resume=never"), status=2)
     assert "holds a run with the checkpoint step_000040" in text
+
+
+def test_a_damaged_checkpoint_is_named_and_the_one_before(folder, stopped):
+    copy = folder / "damaged"
+    shutil.copytree(stopped, copy)
+    older, newest = sorted((copy / "checkpoints").iterdir())
+    victim = max((path for path in newest.rglob("*.distcp")), key=lambda path: path.stat().st_size)
+    victim.write_bytes(victim.read_bytes()[:-1])
+    more = ["trainer.num_steps=41", "observability.console=False"]
+    last = run(folder / "damaged.log", *arguments(folder, "damaged", *more), status=2).strip().splitlines()[-1]
+    assert victim.name in last
+    assert f"trainer.resume={older} is older and complete" in last
 
 
 def test_a_run_directory_has_one_run_at_a_time(tmp_path):
