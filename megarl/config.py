@@ -21,6 +21,8 @@ from yaml import YAMLError
 
 from megarl.registry import load_file
 
+CP_COMM_TYPES = ("all_gather", "a2a", "p2p")
+
 
 def check_choice(key: str, value: str, choices: typing.Iterable[str]) -> None:
     """Raise a ``ValueError`` that names the key and the nearest of ``choices`` unless ``value`` is one of them."""
@@ -72,17 +74,64 @@ class ParallelConfig:
 
     tensor_model_parallel_size: int = 1
     pipeline_model_parallel_size: int = 1
+    virtual_pipeline_model_parallel_size: int = 0  # pieces of the model on each pipeline rank; 0 or 1: not interleaved
+    pipeline_layout: list[int] = field(default_factory=list)  # decoder layers of each piece, first to last; []: even
+    context_parallel_size: int = 1  # ranks that share the tokens of every sequence
+    cp_comm_type: str = "auto"  # all_gather (keys, values) | a2a (heads) | p2p (a ring); auto: what the layers do best
+    expert_model_parallel_size: int = 1
     sequence_parallel: bool = False
     use_distributed_optimizer: bool = True  # shard the optimizer's state over data-parallel ranks
 
     def __post_init__(self) -> None:
         _check_positive("parallel", self, "tensor_model_parallel_size", "pipeline_model_parallel_size")
+        _check_positive("parallel", self, "context_parallel_size", "expert_model_parallel_size")
+        check_choice("parallel.cp_comm_type", self.cp_comm_type, ["auto", *CP_COMM_TYPES])
         if self.sequence_parallel and self.tensor_model_parallel_size == 1:
             raise ValueError("parallel.sequence_parallel=True needs parallel.tensor_model_parallel_size > 1")
+        _check_not_negative("parallel", self, "virtual_pipeline_model_parallel_size")
+        if self.interleaved and self.pipeline_model_parallel_size == 1:
+            raise ValueError(
+                f"parallel.virtual_pipeline_model_parallel_size={self.virtual_pipeline_model_parallel_size} needs "
+                "parallel.pipeline_model_parallel_size > 1"
+            )
+        if self.pipeline_layout and len(self.pipeline_layout) != self.num_pipeline_chunks:
+            raise ValueError(
+                f"parallel.pipeline_layout={list(self.pipeline_layout)} must have "
+                f"{self.num_pipeline_chunks} entries, one for each of parallel.pipeline_model_parallel_size="
+                f"{self.pipeline_model_parallel_size} x parallel.virtual_pipeline_model_parallel_size="
+                f"{max(1, self.virtual_pipeline_model_parallel_size)}"
+            )
+        if any(layers < 0 for layers in self.pipeline_layout):
+            raise ValueError(f"parallel.pipeline_layout={list(self.pipeline_layout)} must not hold negative numbers")
 
     @property
     def model_parallel_size(self) -> int:
-        return self.tensor_model_parallel_size * self.pipeline_model_parallel_size
+        """Ranks that together see every token of a sequence in every layer."""
+        return self.tensor_model_parallel_size * self.pipeline_model_parallel_size * self.context_parallel_size
+
+    @property
+    def interleaved(self) -> bool:
+        """Whether a pipeline rank holds several pieces of the model."""
+        return self.virtual_pipeline_model_parallel_size > 1
+
+    @property
+    def num_pipeline_chunks(self) -> int:
+        """Pieces that the decoder is cut into."""
+        return self.pipeline_model_parallel_size * max(1, self.virtual_pipeline_model_parallel_size)
+
+    def check_world(self, world_size: int) -> None:
+        """Raise a ``ValueError`` that names the keys when ``world_size`` ranks cannot be divided so."""
+        if world_size % self.model_parallel_size:
+            raise ValueError(
+                f"{world_size} ranks cannot be divided by parallel.tensor_model_parallel_size="
+                f"{self.tensor_model_parallel_size} x parallel.pipeline_model_parallel_size="
+                f"{self.pipeline_model_parallel_size} x parallel.context_parallel_size={self.context_parallel_size}"
+            )
+        if world_size // self.pipeline_model_parallel_size % self.expert_model_parallel_size:
+            raise ValueError(
+                f"{world_size} ranks / parallel.pipeline_model_parallel_size={self.pipeline_model_parallel_size} "
+                f"cannot be divided by parallel.expert_model_parallel_size={self.expert_model_parallel_size}"
+            )
 
 
 @dataclass
@@ -282,11 +331,18 @@ class RunConfig:
                 f"trainer.share_prompts=True needs sdpa attention, which model.transformer_impl={implementation} with "
                 f"model.attention_backend={backend} is not"
             )
-        if self.world_size % self.parallel.model_parallel_size:
-            raise ValueError(
-                f"trainer.num_nodes x trainer.ranks_per_node = {self.world_size} ranks cannot be divided into "
-                f"tensor x pipeline parallel groups of {self.parallel.model_parallel_size}"
-            )
+        if self.parallel.context_parallel_size > 1:
+            if self.trainer.share_prompts:
+                raise ValueError("trainer.share_prompts=True and parallel.context_parallel_size > 1 exclude each other")
+            if implementation == "transformer_engine" and self.parallel.cp_comm_type == "all_gather":
+                raise ValueError(
+                    "parallel.cp_comm_type=all_gather: Transformer Engine takes no packed sequences with it; "
+                    "use p2p or a2a, or model.transformer_impl=local"
+                )
+        try:
+            self.parallel.check_world(self.world_size)
+        except ValueError as error:
+            raise ValueError(f"trainer.num_nodes x trainer.ranks_per_node: {error}") from error
 
     @property
     def world_size(self) -> int:
@@ -324,8 +380,12 @@ ALIASES: dict[str, str | tuple[str, ...]] = {
     "actor.optim.lr_warmup_steps": "optimizer.lr_warmup_steps",
     "actor.megatron.tensor_model_parallel_size": "parallel.tensor_model_parallel_size",
     "actor.megatron.pipeline_model_parallel_size": "parallel.pipeline_model_parallel_size",
+    "actor.megatron.virtual_pipeline_model_parallel_size": "parallel.virtual_pipeline_model_parallel_size",
+    "actor.megatron.context_parallel_size": "parallel.context_parallel_size",
+    "actor.megatron.expert_model_parallel_size": "parallel.expert_model_parallel_size",
     "actor.megatron.sequence_parallel": "parallel.sequence_parallel",
     "actor.megatron.use_distributed_optimizer": "parallel.use_distributed_optimizer",
+    "actor.megatron.override_transformer_config.cp_comm_type": "parallel.cp_comm_type",
     "actor.megatron.override_transformer_config": "model.megatron",
     "algorithm.adv_estimator": "algorithm.advantage",
     "algorithm.norm_adv_by_std_in_grpo": "algorithm.normalize_by_std",
@@ -351,6 +411,7 @@ VALUE_ALIASES: dict[str, dict[str, str]] = {
     },
     "algorithm.kl_estimator": {"kl": "k1", "mse": "k2", "low_var_kl": "k3"},
     "trainer.resume": {"disable": "never"},
+    "parallel.virtual_pipeline_model_parallel_size": {"null": "0", "None": "0"},
 }
 
 

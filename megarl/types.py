@@ -129,7 +129,8 @@ class PackedBatch:
     tokens: np.ndarray  # [T] int64
     labels: np.ndarray  # [T] int64
     position_ids: np.ndarray  # [3, T] int64 (multimodal rotary embedding) or [1, T]
-    cu_seqlens: np.ndarray  # [S + 1] int32
+    cu_seqlens: np.ndarray  # [S + 1] int32, padding behind a sequence counted as its own
+    lengths: np.ndarray  # [S] int32, tokens of each sequence that are not padding
     parents: np.ndarray  # [S] int32, the sequence whose tokens come before this one's (a shared prompt); -1: none
     sequence_ids: np.ndarray  # [T] int64, index into the S sequences
     loss_weights: np.ndarray  # [T] float32, 0 on prompts, tools and padding

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import bisect
 import itertools
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -25,19 +26,25 @@ class Packing:
 
     max_tokens: int
     max_patches: int
-    multiple: int  # a bin's length is padded to it, so that sequence parallelism can split it
+    multiple: int  # a bin's length is padded to it, so that ranks can split it
     position_ids: PositionIds
     pad_token_id: int = 0
     share_prompts: bool = False  # lay out a prompt once for all of its samples in a bin
+    sequence_multiple: int = 1  # each sequence's length is padded to it, so that context parallelism can cut it
+    num_bins_multiple: int = 1  # of the bins of a data-parallel rank, as an interleaved pipeline wants them
 
     @classmethod
     def of(cls, config: RunConfig, processor: Processor) -> Packing:
         """How a run lays out its bins."""
         parallel = config.parallel
+        context, tensor = parallel.context_parallel_size, parallel.tensor_model_parallel_size
+        chunks = 2 if context > 1 else 1  # of a sequence on a rank
         return cls(
             max_tokens=config.trainer.max_tokens_per_microbatch,
             max_patches=config.trainer.max_patches_per_microbatch,
-            multiple=parallel.tensor_model_parallel_size if parallel.sequence_parallel else 1,
+            multiple=context * math.lcm(chunks, tensor if parallel.sequence_parallel else 1),
+            sequence_multiple=context * chunks,
+            num_bins_multiple=parallel.pipeline_model_parallel_size if parallel.interleaved else 1,
             position_ids=processor.position_ids,
             pad_token_id=processor.eos_token_ids[0],
             share_prompts=config.trainer.share_prompts,
@@ -46,7 +53,11 @@ class Packing:
     def length(self, sample: Sample, previous: Sample | None = None) -> int:
         """Tokens that ``sample`` takes up in a bin, behind ``previous``."""
         shared = self.share_prompts and previous is not None and _prompt(previous) == _prompt(sample)
-        return len(sample.tokens) - (_prompt_length(sample) if shared else 1)
+        return _round_up(len(sample.tokens) - (_prompt_length(sample) if shared else 1), self.sequence_multiple)
+
+
+def _round_up(number: int, multiple: int) -> int:
+    return -(-number // multiple) * multiple
 
 
 def _prompt_length(sample: Sample) -> int:
@@ -98,32 +109,31 @@ def pack(samples: Sequence[Sample], packing: Packing) -> PackedBatch:
             length = predicted.stop - predicted.start
             return np.zeros(length, np.float32) if values is None else values[predicted].astype(np.float32)
 
-        parts.append(
-            (
-                sample.tokens[read].astype(np.int64),
-                sample.tokens[predicted].astype(np.int64),
-                np.full(segment.stop - segment.start, index),
-                stream(sample.loss_weights),
-                stream(sample.advantages),
-                stream(sample.rollout_logprobs),
-                positions[id(sample)][:, read],
-            )
+        part = (
+            sample.tokens[read].astype(np.int64),
+            sample.tokens[predicted].astype(np.int64),
+            np.full(segment.stop - segment.start, index),
+            stream(sample.loss_weights),
+            stream(sample.advantages),
+            stream(sample.rollout_logprobs),
+            positions[id(sample)][:, read],
         )
+        pad = -len(part[0]) % packing.sequence_multiple
+        parts.append(_join([part, _padding(pad, index, packing)]) if pad else part)
     parents = [segment.parent for segment in segments]
+    lengths = [segment.stop - segment.start for segment in segments]
     pad = -sum(len(part[0]) for part in parts) % packing.multiple if parts else packing.multiple
     if pad:
-        padding, zeros = np.full(pad, packing.pad_token_id, np.int64), np.zeros(pad, np.float32)
-        places = packing.position_ids(padding, Media())
-        parts.append((padding, padding, np.full(pad, len(parts)), zeros, zeros, zeros, places))
+        parts.append(_padding(pad, len(parts), packing))
         parents.append(-1)
-    tokens, labels, sequence_ids, loss_weights, advantages, rollout_logprobs, position_ids = (
-        np.concatenate(part, axis=-1) for part in zip(*parts, strict=True)
-    )
+        lengths.append(0)
+    tokens, labels, sequence_ids, loss_weights, advantages, rollout_logprobs, position_ids = _join(parts)
     return PackedBatch(
         tokens=tokens,
         labels=labels,
         position_ids=position_ids,
         cu_seqlens=np.cumsum([0] + [len(part[0]) for part in parts], dtype=np.int32),
+        lengths=np.array(lengths, np.int32),
         parents=np.array(parents, np.int32),
         sequence_ids=sequence_ids,
         loss_weights=loss_weights,
@@ -131,6 +141,20 @@ def pack(samples: Sequence[Sample], packing: Packing) -> PackedBatch:
         rollout_logprobs=rollout_logprobs,
         media=Media.concatenate([segment.media for segment in segments]),
     )
+
+
+_Streams = tuple[np.ndarray, ...]  # tokens, labels, sequence ids, weights, advantages, log-probs, position ids
+
+
+def _join(parts: Sequence[_Streams]) -> _Streams:
+    return tuple(np.concatenate(part, axis=-1) for part in zip(*parts, strict=True))
+
+
+def _padding(length: int, index: int, packing: Packing) -> _Streams:
+    """Tokens of sequence ``index`` that weigh nothing."""
+    tokens, zeros = np.full(length, packing.pad_token_id, np.int64), np.zeros(length, np.float32)
+    places = packing.position_ids(tokens, Media())
+    return tokens, tokens, np.full(length, index), zeros, zeros, zeros, places
 
 
 def pack_bins(samples: Sequence[Sample], packing: Packing, data_parallel_size: int) -> list[list[PackedBatch]]:
@@ -142,8 +166,9 @@ def pack_bins(samples: Sequence[Sample], packing: Packing, data_parallel_size: i
 def assign_to_bins(samples: Sequence[Sample], packing: Packing, data_parallel_size: int) -> list[list[list[int]]]:
     """Deal sample indices to ``[data_parallel_size][num_microbatches]`` bins, as evenly as it goes.
 
-    Every rank gets the same number of bins, some of them possibly empty. A group stays together where it can, since a
-    bin runs the vision tower once for each distinct image. The fullest bin is as small as that order allows.
+    Every rank gets the same number of bins, a multiple of ``packing.num_bins_multiple``, some of them possibly empty. A
+    group stays together where it can, since a bin runs the vision tower once for each distinct image. The fullest bin
+    is as small as that order allows.
     """
     lengths = [packing.length(sample) for sample in samples]
     max_tokens = packing.max_tokens // packing.multiple * packing.multiple
@@ -156,7 +181,7 @@ def assign_to_bins(samples: Sequence[Sample], packing: Packing, data_parallel_si
             )
     order = sorted(range(len(samples)), key=lambda i: (samples[i].group_id, i))
     count = max(1, len(_fill(samples, order, packing, max_tokens)))
-    count = -(-count // data_parallel_size) * data_parallel_size
+    count = _round_up(count, data_parallel_size * packing.num_bins_multiple)
     caps = range(max(lengths, default=1), max_tokens + 1)
     fits = bisect.bisect_left(caps, True, key=lambda cap: len(_fill(samples, order, packing, cap)) <= count)
     bins = _fill(samples, order, packing, caps[fits])

@@ -5,10 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
+from megatron.core import parallel_state
 from megatron.core.transformer.module import MegatronModule
 from transformers import PretrainedConfig
 
-from megarl.config import ParallelConfig
+from megarl.config import ModelConfig, ParallelConfig
+from megarl.models.common.interleaved import InterleavedModel
 from megarl.models.mapping import Mapping
 from megarl.models.qwen_vl.config import validate as qwen_vl_validate
 from megarl.models.qwen_vl.mapping import canonical_name as qwen_vl_canonical_name
@@ -18,9 +20,9 @@ from megarl.models.qwen_vl.model import QwenVLModel
 
 @dataclass(frozen=True)
 class Family:
-    """``build(hf_config, model, parallel, *, pre_process, post_process)`` makes a pipeline stage of the model.
+    """``build(hf_config, model, parallel, *, pre_process, post_process, vp_stage)`` makes a piece of the model.
 
-    It raises ``ValueError`` that names the key when the layout cannot divide the model, and so does
+    ``build_stage`` makes all that a rank holds. It raises ``ValueError`` that names the key when the layout cannot divide the model, and so does
     ``validate(hf_config, parallel)`` by itself. A model is a ``models.common.LanguageModel``. ``canonical_name`` is the
     published spelling of a tensor's name, whichever version of transformers wrote the file.
     """
@@ -43,6 +45,23 @@ QWEN_VL = Family(
 )
 
 FAMILIES: dict[str, Family] = {architecture: family for family in (QWEN_VL,) for architecture in family.architectures}
+
+
+def build_stage(hf_config: PretrainedConfig, model: ModelConfig, parallel: ParallelConfig) -> MegatronModule:
+    """This rank's part of the model: a ``LanguageModel``, or the ``InterleavedModel`` of several.
+
+    Every rank of the world calls it when the groups of ``parallel`` have been built.
+    """
+    build = family_of(hf_config).build
+    if not parallel.interleaved:
+        first, last = parallel_state.is_pipeline_first_stage(), parallel_state.is_pipeline_last_stage()
+        return build(hf_config, model, parallel, pre_process=first, post_process=last)
+    chunks = []
+    for number in range(parallel.virtual_pipeline_model_parallel_size):
+        where = {"ignore_virtual": False, "vp_stage": number}
+        first, last = parallel_state.is_pipeline_first_stage(**where), parallel_state.is_pipeline_last_stage(**where)
+        chunks.append(build(hf_config, model, parallel, pre_process=first, post_process=last, vp_stage=number))
+    return InterleavedModel(chunks)
 
 
 def family_of(hf_config: PretrainedConfig) -> Family:

@@ -2,25 +2,34 @@
 
 Megatron-Core's own attention takes no packed sequences without Transformer Engine. ``TorchAttention`` does, with torch
 alone: ``varlen_attn`` on a GPU, and elsewhere padded calls of ``scaled_dot_product_attention`` on groups of sequences
-of like length, so that the cost is the sum of L^2 and not T^2.
+of like length, so that the cost is the sum of L^2 and not T^2. Under context parallelism a rank has its chunks of
+every sequence (``parallel/context.py``) and finds the rest by ``parallel.cp_comm_type``.
 
 Shapes: T packed tokens, S sequences, L tokens of a sequence, H heads, D channels of a head.
 """
 
 from __future__ import annotations
 
+import copy
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import pairwise
+from typing import Any
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.transformer.attention import SelfAttention
 from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
+
+from megarl.parallel import context, groups
+from megarl.parallel.layout import SequenceLayout, Span, sequence_spans
+from megarl.parallel.ring import RingLayouts, ring_attention
 
 
 class RMSNorm(torch.nn.RMSNorm):
@@ -44,108 +53,126 @@ class LayerNorm(torch.nn.LayerNorm):
 
 
 @dataclass
-class _Bucket:
-    rows: Tensor  # [S, L] int64, tokens of S sequences of at most L; beyond a sequence's end, any valid token
-    mask: Tensor | None  # [S, 1, 1, L] bool, True on tokens; None: all have L
-    context: Tensor | None  # [S, C + L] int64, the parents' tokens and then ``rows``; None: without parents
-    visible: Tensor | None  # [S, 1, L, C + L] bool, what of the context each token attends to
+class Varlen:
+    """The arguments of a varlen kernel; causality is aligned at the ends of queries and keys."""
 
-
-class SequenceLayout:
-    """How packed sequences are gathered into padded batches and back; made once a pack, shared by all layers."""
-
-    def __init__(self, cu_seqlens: Tensor, parents: Tensor | None = None) -> None:
-        bounds = list(pairwise(cu_seqlens.tolist()))
-        before = [(0, 0)] * len(bounds) if parents is None else [bounds[p] if p >= 0 else (0, 0) for p in parents]
-        spans = [
-            (start, end - start, first, last - first)
-            for (start, end), (first, last) in zip(bounds, before, strict=True)
-            if end > start
-        ]
-        self.num_tokens = bounds[-1][1]
-        self.uniform = None  # the length of all sequences
-        self.buckets: list[_Bucket] = []
-        if parents is None and len({length for _, length, *_ in spans}) == 1:
-            self.uniform = spans[0][1]
-            return
-        groups: dict[tuple[int, int], list[tuple[int, ...]]] = {}
-        for span in spans:
-            groups.setdefault(((span[1] - 1).bit_length(), span[3].bit_length()), []).append(span)
-        restore = torch.empty(self.num_tokens, dtype=torch.int64)
-        offset = 0
-        for members in groups.values():
-            starts, lengths, firsts, counts = torch.tensor(members).unsqueeze(-1).unbind(1)  # [S, 1] each
-            width, longest = int(lengths.max()), int(counts.max())
-            columns = torch.arange(width)
-            inside = columns < lengths
-            rows = starts + torch.minimum(columns, lengths - 1)
-            restore[rows[inside]] = offset + torch.arange(rows.numel()).view_as(rows)[inside]
-            offset += rows.numel()
-            mask = None if bool(inside.all()) else inside[:, None, None].to(cu_seqlens.device)
-            context = visible = None
-            if longest:
-                ahead = torch.arange(longest)
-                context = torch.cat([firsts + torch.minimum(ahead, counts - 1), rows], dim=1).to(cu_seqlens.device)
-                seen = (ahead < counts)[:, None].expand(-1, width, -1)
-                causal = (columns <= columns[:, None]).expand(len(members), -1, -1)
-                visible = torch.cat([seen, causal], dim=2)[:, None].to(cu_seqlens.device)
-            self.buckets.append(_Bucket(rows.to(cu_seqlens.device), mask, context, visible))
-        self.restore = restore.to(cu_seqlens.device)  # [T], place of each token in the concatenated buckets
+    cu_seqlens_q: Tensor
+    cu_seqlens_kv: Tensor
+    max_seqlen_q: int
+    max_seqlen_kv: int
+    keys: Tensor | None = None  # which keys to lay end to end; None: all, as they are
 
 
 @dataclass
 class PackedSequences(PackedSeqParams):
-    """``PackedSeqParams`` that also know shared prompts, and keep what our attention derives from them."""
+    """What a Megatron-Core layer is told of a pack, and what our attention derives from it once for all layers.
+
+    To mcore, which rotates queries and keys sequence by sequence, it is one long sequence: the rotary frequencies that
+    are passed beside it are per token, [T, 1, 1, D], this rank's tokens only.
+    """
 
     parents: Tensor | None = None
+    size: int = 1  # of the context-parallel group
+    rank: int = 0
 
     @cached_property
-    def layout(self) -> SequenceLayout:
-        return SequenceLayout(self.cu_seqlens_q, self.parents)
+    def here(self) -> Tensor:
+        """Places in the pack of this rank's tokens: [T / size] int64."""
+        return context.local_positions(self.cu_seqlens_q, self.size, self.rank)
+
+    @cached_property
+    def whole(self) -> SequenceLayout:
+        """Whole sequences, in the order of the pack."""
+        return SequenceLayout(sequence_spans(self.cu_seqlens_q, self.parents), self.cu_seqlens_q.device)
+
+    @cached_property
+    def order(self) -> Tensor:
+        """See ``gathered_order``."""
+        return context.gathered_order(self.cu_seqlens_q, self.size)
+
+    @cached_property
+    def chunks(self) -> list[Span]:
+        """This rank's chunks of the sequences as queries, among all keys of the pack."""
+        bounds, spans, start = self.cu_seqlens_q.tolist(), [], 0
+        for first, last in pairwise(bounds):
+            length = (last - first) // (2 * self.size)
+            for number in (self.rank, 2 * self.size - 1 - self.rank):
+                ahead = number * length
+                spans.append(Span(start, length, own=first + ahead, first=first, count=ahead))
+                start += length
+        return spans
+
+    @cached_property
+    def chunk_layout(self) -> SequenceLayout:
+        return SequenceLayout(self.chunks, self.cu_seqlens_q.device)
+
+    @cached_property
+    def ring(self) -> RingLayouts:
+        return RingLayouts(self.cu_seqlens_q // self.size)
+
+    @cached_property
+    def varlen(self) -> Varlen:
+        """Whole sequences, in the order of the pack."""
+        return Varlen(self.cu_seqlens_q, self.cu_seqlens_kv, self.max_seqlen_q, self.max_seqlen_kv)
+
+    @cached_property
+    def chunk_varlen(self) -> Varlen:
+        """``chunks`` for a varlen kernel."""
+        device = self.cu_seqlens_q.device
+        queries, keys = ([s.length for s in self.chunks], [s.count + s.length for s in self.chunks])
+        bounds = [torch.tensor([0, *sizes]).cumsum(0).int().to(device) for sizes in (queries, keys)]
+        index = [torch.arange(s.first, s.first + s.count + s.length) for s in self.chunks]
+        return Varlen(*bounds, max(queries), max(keys), torch.cat(index).to(device))
 
 
 def packed_sequences(
-    cu_seqlens: Tensor, parents: Tensor | None = None, *, transformer_impl: str = "local"
-) -> PackedSeqParams:
+    cu_seqlens: Tensor, parents: Tensor | None = None, *, cp_group: dist.ProcessGroup | None = None
+) -> PackedSequences:
     """Describe T tokens packed end to end to a Megatron-Core layer; cu_seqlens: [S + 1] int32 from 0 to T.
 
     parents: [S] int32, the sequence whose tokens each one also attends to, as if they stood before it, or -1; a parent
-    has no parent. Rotary frequencies passed beside it are per token ([T, 1, 1, D]).
+    has no parent. With ``cp_group`` the layer gets this rank's chunks of the sequences, each a multiple of
+    2 * cp_group.size() tokens long (``ValueError`` if not). Rotary frequencies passed beside it are per token.
     """
-    lengths = cu_seqlens.diff()
-    longest = int(lengths.max())
-    whole = {}
-    if transformer_impl == "local":
-        # mcore applies rotary frequencies sequence by sequence along *_padded; ours are per token: one slice does
-        whole = dict.fromkeys(("cu_seqlens_q_padded", "cu_seqlens_kv_padded"), cu_seqlens[[0, -1]])
+    size, rank = (cp_group.size(), cp_group.rank()) if cp_group is not None else (1, 0)
+    lengths = cu_seqlens.diff().tolist()
+    if size > 1:
+        context.check_chunks(lengths, size)
+        if parents is not None:
+            raise ValueError("sequences that continue a shared prompt cannot be cut for context parallelism")
+    longest = max(lengths)
+    rotated = cu_seqlens[[0, -1]] // size
     return PackedSequences(
         qkv_format="thd",
         cu_seqlens_q=cu_seqlens,
         cu_seqlens_kv=cu_seqlens,
+        cu_seqlens_q_padded=rotated,
+        cu_seqlens_kv_padded=rotated,
         max_seqlen_q=longest,
         max_seqlen_kv=longest,
         parents=parents,
-        **whole,
+        size=size,
+        rank=rank,
     )
 
 
 def sdpa_packed(
     query: Tensor, key: Tensor, value: Tensor, layout: SequenceLayout, *, scale: float, causal: bool
 ) -> Tensor:
-    """Attention within each sequence: query [T, H, D], key and value [T, Hk, D] -> [T, H, D]."""
+    """Attention within each span: query [T, H, D], key and value [K, Hk, D] -> [T, H, D]."""
     if layout.uniform is not None:
         q, k, v = (t.unflatten(0, (-1, layout.uniform)) for t in (query, key, value))
         return _sdpa(q, k, v, None, scale, causal).flatten(0, 1)
     outputs = []
     for bucket in layout.buckets:
-        if bucket.context is not None:
+        q, k, v = query[bucket.rows], key[bucket.keys], value[bucket.keys]
+        if bucket.visible is not None:
             assert causal
-            q, k, v = query[bucket.rows], key[bucket.context], value[bucket.context]
             outputs.append(_sdpa(q, k, v, bucket.visible, scale, False).flatten(0, 1))
             continue
-        q, k, v = (t[bucket.rows] for t in (query, key, value))
         # padding is behind the tokens, where causal attention does not look
-        outputs.append(_sdpa(q, k, v, None if causal else bucket.mask, scale, causal).flatten(0, 1))
+        mask = None if causal or bucket.valid is None else bucket.valid[:, None, None]
+        outputs.append(_sdpa(q, k, v, mask, scale, causal).flatten(0, 1))
     return torch.cat(outputs)[layout.restore]
 
 
@@ -158,24 +185,34 @@ def _sdpa(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scale:
     return output.transpose(1, 2)
 
 
-def varlen_packed(
-    query: Tensor, key: Tensor, value: Tensor, packed: PackedSeqParams, *, scale: float, causal: bool
-) -> Tensor:
+def varlen_packed(query: Tensor, key: Tensor, value: Tensor, varlen: Varlen, *, scale: float, causal: bool) -> Tensor:
     """``sdpa_packed`` with torch's flash attention: CUDA, half precision."""
     from torch.nn.attention.varlen import varlen_attn  # needs the flash kernels of a CUDA build
 
+    if varlen.keys is not None:
+        key, value = key[varlen.keys], value[varlen.keys]
     return varlen_attn(
         query,
         key,
         value,
-        packed.cu_seqlens_q,
-        packed.cu_seqlens_kv,
-        packed.max_seqlen_q,
-        packed.max_seqlen_kv,
+        varlen.cu_seqlens_q,
+        varlen.cu_seqlens_kv,
+        varlen.max_seqlen_q,
+        varlen.max_seqlen_kv,
         scale=scale,
         window_size=(-1, 0) if causal else (-1, -1),
         enable_gqa=query.shape[1] != key.shape[1],
     )
+
+
+class PackedSelfAttention(SelfAttention):
+    """Self-attention whose rotary frequencies are those of this rank's tokens, context parallel or not."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        # read when queries and keys are rotated: mcore would look for this rank's part of the frequencies
+        self.pg_collection = copy.copy(self.pg_collection)
+        self.pg_collection.cp = groups.solo_group()
 
 
 class TorchAttention(MegatronModule):
@@ -197,6 +234,9 @@ class TorchAttention(MegatronModule):
         dropout = config.attention_dropout if attention_dropout is None else attention_dropout
         if dropout:
             raise ValueError(f"attention_dropout={dropout}: the local attention has none")
+        assert pg_collection is not None
+        self.cp_group = pg_collection.cp
+        self.cp_comm_type = cp_comm_type
         self.attn_mask_type = attn_mask_type
         self.scale = softmax_scale or config.kv_channels**-0.5
         self.backend = backend
@@ -209,20 +249,43 @@ class TorchAttention(MegatronModule):
         attention_mask: Tensor | None,
         attn_mask_type: AttnMaskType | None = None,
         attention_bias: Tensor | None = None,
-        packed_seq_params: PackedSeqParams | None = None,
+        packed_seq_params: PackedSequences | None = None,
     ) -> Tensor:
-        """query [T, H, D], key and value [T, Hk, D] -> [T, H * D], each sequence attending to itself."""
+        """query [T, H, D], key and value [T, Hk, D] of this rank's tokens -> [T, H * D], sequences apart."""
         assert packed_seq_params is not None
         assert attention_mask is None
         assert attention_bias is None
         causal = (attn_mask_type or self.attn_mask_type) in (AttnMaskType.causal, AttnMaskType.padding_causal)
-        varlen = self.backend == "varlen"
-        if self.backend == "auto":
-            flash = query.is_cuda and query.dtype in (torch.bfloat16, torch.float16)
-            varlen = flash and packed_seq_params.parents is None
-        if varlen:
-            output = varlen_packed(query, key, value, packed_seq_params, scale=self.scale, causal=causal)
-        else:
-            layout = packed_seq_params.layout
-            output = sdpa_packed(query, key, value, layout, scale=self.scale, causal=causal)
-        return output.flatten(1)
+        if packed_seq_params.size == 1:
+            return self._attend(query, key, value, packed_seq_params, causal).flatten(1)
+        assert causal
+        assert packed_seq_params.size == self.cp_group.size()
+        exchange = {"all_gather": self._all_gather, "a2a": self._all_to_all, "p2p": self._ring}[self.cp_comm_type]
+        return exchange(query, key, value, packed_seq_params).flatten(1)
+
+    def _attend(self, query: Tensor, key: Tensor, value: Tensor, packed: PackedSequences, causal: bool) -> Tensor:
+        """Whole sequences attend to themselves."""
+        if self._flash(query) and packed.parents is None:
+            return varlen_packed(query, key, value, packed.varlen, scale=self.scale, causal=causal)
+        return sdpa_packed(query, key, value, packed.whole, scale=self.scale, causal=causal)
+
+    def _all_gather(self, query: Tensor, key: Tensor, value: Tensor, packed: PackedSequences) -> Tensor:
+        """This rank's queries attend to the keys and values of all ranks."""
+        key, value = context.gather(torch.stack([key, value], 1), self.cp_group)[packed.order].unbind(1)
+        if self._flash(query):
+            return varlen_packed(query, key, value, packed.chunk_varlen, scale=self.scale, causal=True)
+        return sdpa_packed(query, key, value, packed.chunk_layout, scale=self.scale, causal=True)
+
+    def _all_to_all(self, query: Tensor, key: Tensor, value: Tensor, packed: PackedSequences) -> Tensor:
+        """Whole sequences attend to themselves in this rank's share of the heads (Ulysses, arXiv:2309.14509)."""
+        query, key, value = (context.tokens_to_heads(t, self.cp_group)[packed.order] for t in (query, key, value))
+        output = self._attend(query, key, value, packed, causal=True)
+        return context.heads_to_tokens(output[packed.order.argsort()], self.cp_group)
+
+    def _ring(self, query: Tensor, key: Tensor, value: Tensor, packed: PackedSequences) -> Tensor:
+        """Keys and values go around the ranks, and every rank's queries meet them in turn."""
+        return ring_attention(query, key, value, packed.ring, scale=self.scale, group=self.cp_group)
+
+    def _flash(self, query: Tensor) -> bool:
+        half = query.is_cuda and query.dtype in (torch.bfloat16, torch.float16)
+        return self.backend == "varlen" or (self.backend == "auto" and half)

@@ -17,20 +17,21 @@ def initialize(parallel: ParallelConfig, seed: int) -> None:
     """Build the model-parallel groups and seed the generators. Every rank of the world calls it.
 
     ``torch.distributed`` must be initialised. Weights that are not loaded are drawn alike on every data-parallel rank.
+    Ranks are ordered tensor first, then context, data and pipeline.
     Raises ``ValueError`` when the world cannot be divided.
     """
     global _solo
     mcore_cpu.enter()
-    world_size = dist.get_world_size()
-    if world_size % parallel.model_parallel_size:
-        raise ValueError(
-            f"{world_size} ranks cannot be divided by parallel.tensor_model_parallel_size="
-            f"{parallel.tensor_model_parallel_size} x parallel.pipeline_model_parallel_size="
-            f"{parallel.pipeline_model_parallel_size}"
-        )
+    parallel.check_world(dist.get_world_size())
     parallel_state.initialize_model_parallel(
         tensor_model_parallel_size=parallel.tensor_model_parallel_size,
         pipeline_model_parallel_size=parallel.pipeline_model_parallel_size,
+        virtual_pipeline_model_parallel_size=(
+            parallel.virtual_pipeline_model_parallel_size if parallel.interleaved else None
+        ),
+        context_parallel_size=parallel.context_parallel_size,
+        expert_model_parallel_size=parallel.expert_model_parallel_size,
+        expert_tensor_parallel_size=1,  # an expert is never cut: its matrices are small, and gloo gathers no odd parts
     )
     _solo, _ = dist.new_subgroups(group_size=1)
     torch.manual_seed(seed)

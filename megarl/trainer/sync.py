@@ -11,7 +11,7 @@ import ray
 from ray.actor import ActorHandle
 
 from megarl.config import RunConfig
-from megarl.data.packing import Packing, pack
+from megarl.data.packing import Packing, pack_bins
 from megarl.types import EncodedPrompt, Sample
 from megarl.utils.errors import RunFailure
 from megarl.workers.group import WorkerGroup
@@ -115,7 +115,7 @@ class WeightSync:
             tokens=tokens,
             media=self.canary.media,
         )
-        bins = [[pack([sample], self.packing)]] + [[pack([], self.packing)]] * (self.workers.data_parallel_size - 1)
+        bins = pack_bins([sample], self.packing, self.workers.data_parallel_size)
         return self.workers.logprobs(bins, temperature=1.0, ban=False)[0][0]
 
 

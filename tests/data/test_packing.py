@@ -1,6 +1,9 @@
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 
+from megarl.config import ParallelConfig, RunConfig
 from megarl.data.packing import Packing, assign_to_bins, pack, pack_bins
 from megarl.types import Media, Prompt, Sample
 
@@ -58,6 +61,39 @@ def test_a_shared_prompt_is_laid_out_once():
     assert batch.media.images == [b"x"]
 
 
+def test_sequences_are_padded_so_that_ranks_can_cut_them():
+    first, second = sample(4, start=10), sample(9, start=20, image=b"x")
+    batch = pack([first, second], packing(multiple=8, sequence_multiple=4, pad_token_id=99))
+    # 3 and 8 tokens in 4 and 8, and 4 more for the bin
+    np.testing.assert_array_equal(batch.tokens, [10, 11, 12, 99, *range(20, 28), *[99] * 4])
+    np.testing.assert_array_equal(batch.labels, [11, 12, 13, 99, *range(21, 29), *[99] * 4])
+    np.testing.assert_array_equal(batch.cu_seqlens, [0, 4, 12, 16])
+    np.testing.assert_array_equal(batch.lengths, [3, 8, 0])
+    np.testing.assert_array_equal(batch.sequence_ids, [0] * 4 + [1] * 8 + [2] * 4)
+    np.testing.assert_array_equal(batch.loss_weights, [0, 0.5, 0.5, 0, 0, *[0.5] * 7, *[0] * 4])
+    np.testing.assert_array_equal(batch.position_ids, [[0, 1, 2, 0, *range(100, 108), 0, 1, 2, 3]])
+    assert len(pack([], packing(multiple=8, sequence_multiple=4)).tokens) == 8
+    # what is padded counts: 4 + 8 fill a bin of 12 tokens
+    assert len(assign_to_bins([first, second], packing(max_tokens=12, sequence_multiple=4), 1)[0]) == 1
+    assert len(assign_to_bins([first, second], packing(max_tokens=12, sequence_multiple=8), 1)[0]) == 2
+
+
+def test_layouts_of_ranks_decide_the_padding():
+    def of(**parallel):
+        p = Packing.of(
+            RunConfig(parallel=ParallelConfig(**parallel)), SimpleNamespace(position_ids=None, eos_token_ids=[0])
+        )
+        return p.multiple, p.sequence_multiple, p.num_bins_multiple
+
+    tp, pp, cp = ("tensor_model_parallel_size", "pipeline_model_parallel_size", "context_parallel_size")
+    assert of(**{tp: 2, "sequence_parallel": True}) == (2, 1, 1)
+    assert of(**{cp: 2}) == (4, 4, 1)
+    assert of(**{cp: 2, tp: 4, "sequence_parallel": True}) == (8, 4, 1)
+    assert of(**{cp: 2, tp: 3, "sequence_parallel": True}) == (12, 4, 1)
+    assert of(**{pp: 2}) == (1, 1, 1)
+    assert of(**{pp: 2, "virtual_pipeline_model_parallel_size": 2}) == (1, 1, 2)
+
+
 def test_bins_are_filled_by_what_sharing_leaves():
     samples = [sample(12) for _ in range(8)]  # prompts of 2 tokens
     for s in samples:
@@ -97,6 +133,12 @@ def test_bins_hold_every_sample_once_and_keep_their_bounds(seed, data_parallel_s
 def test_bins_are_balanced():
     ranks = assign_to_bins([sample(9) for _ in range(16)], packing(max_tokens=1000), 4)
     assert [[len(bin) for bin in rank] for rank in ranks] == [[4], [4], [4], [4]]
+
+
+def test_an_interleaved_pipeline_gets_a_multiple_of_bins():
+    ranks = assign_to_bins([sample(9) for _ in range(12)], packing(max_tokens=40, num_bins_multiple=2), 2)
+    assert [[len(bin) for bin in rank] for rank in ranks] == [[3, 3], [3, 3]]
+    assert assign_to_bins([sample(5)], packing(num_bins_multiple=2), 2) == [[[0], []], [[], []]]
 
 
 def test_fewer_samples_than_ranks_and_none_at_all():

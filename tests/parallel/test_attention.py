@@ -40,7 +40,7 @@ def test_equals_naive(lengths, causal, heads, groups):
     tensors = [torch.randn(sum(lengths), h, 8, dtype=torch.float64) for h in (heads, groups, groups)]
     weight = torch.randn(sum(lengths), heads, 8, dtype=torch.float64)
     results = []
-    for function, sequences in ((naive, cu_seqlens), (sdpa_packed, packed_sequences(cu_seqlens).layout)):
+    for function, sequences in ((naive, cu_seqlens), (sdpa_packed, packed_sequences(cu_seqlens).whole)):
         leaves = [t.clone().requires_grad_() for t in tensors]
         output = function(*leaves, sequences, scale=0.3, causal=causal)
         (output * weight).sum().backward()
@@ -67,7 +67,7 @@ def test_a_sequence_behind_a_parent_attends_to_it(order):
     cu_seqlens = torch.tensor([0, *(lengths[i] for i in order)]).cumsum(0).int()
     parents = torch.tensor([order.index(family[i]) if i in family else -1 for i in order])
     q, k, v = (torch.cat(parts) for parts in zip(*(pieces[i] for i in order), strict=True))
-    output = sdpa_packed(q, k, v, packed_sequences(cu_seqlens, parents).layout, scale=0.3, causal=True)
+    output = sdpa_packed(q, k, v, packed_sequences(cu_seqlens, parents).whole, scale=0.3, causal=True)
     ours = torch.autograd.grad((output * torch.cat([weights[i] for i in order])).sum(), leaves)
     for theirs, mine in zip(expected, ours, strict=True):
         torch.testing.assert_close(mine, theirs)
@@ -75,5 +75,5 @@ def test_a_sequence_behind_a_parent_attends_to_it(order):
 
 def test_padding_is_less_than_half():
     lengths = [3, 100, 65, 9, 1, 130, 250]
-    layout = packed_sequences(torch.tensor([0, *lengths]).cumsum(0).int()).layout
+    layout = packed_sequences(torch.tensor([0, *lengths]).cumsum(0).int()).whole
     assert sum(bucket.rows.numel() for bucket in layout.buckets) < 2 * sum(lengths)

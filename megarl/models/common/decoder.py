@@ -31,6 +31,7 @@ class Decoder(GPTModel):
         tied: bool,
         pre_process: bool,
         post_process: bool,
+        vp_stage: int | None,
     ) -> None:
         super().__init__(
             config,
@@ -42,6 +43,7 @@ class Decoder(GPTModel):
             position_embedding_type="mrope",  # the one that is given position ids
             share_embeddings_and_output_weights=tied,
             scatter_embedding_sequence_parallel=False,
+            vp_stage=vp_stage,
         )
         self.rotary_pos_emb = Rotary(text, config.kv_channels)
 

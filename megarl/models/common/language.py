@@ -54,11 +54,7 @@ def validate_language(text: PretrainedConfig, parallel: ParallelConfig) -> None:
         "parallel.tensor_model_parallel_size",
         parallel.tensor_model_parallel_size,
     )
-    check_divisible(
-        {"num_hidden_layers": text.num_hidden_layers},
-        "parallel.pipeline_model_parallel_size",
-        parallel.pipeline_model_parallel_size,
-    )
+    _validate_layout(text, parallel)
     options = text.to_dict()
     if "sliding_attention" in (options.get("layer_types") or []):
         raise ValueError("use_sliding_window=True: sliding-window layers are not supported")
@@ -71,6 +67,31 @@ def validate_language(text: PretrainedConfig, parallel: ParallelConfig) -> None:
     if text.hidden_act != "silu":
         raise ValueError(f"hidden_act={text.hidden_act!r} of the language model is not silu")
     rotary_frequencies(text, head_dim(text))
+
+
+def _validate_layout(text: PretrainedConfig, parallel: ParallelConfig) -> None:
+    """Pipeline stages and context-parallel ranks."""
+    layers = text.num_hidden_layers
+    if parallel.pipeline_layout:
+        if sum(parallel.pipeline_layout) != layers:
+            raise ValueError(
+                f"parallel.pipeline_layout={list(parallel.pipeline_layout)} holds {sum(parallel.pipeline_layout)} "
+                f"layers, the model has num_hidden_layers={layers}"
+            )
+    else:
+        key = "parallel.pipeline_model_parallel_size"
+        if parallel.interleaved:
+            key += " x parallel.virtual_pipeline_model_parallel_size"
+        try:
+            check_divisible({"num_hidden_layers": layers}, key, parallel.num_pipeline_chunks)
+        except ValueError as error:
+            raise ValueError(f"{error}; parallel.pipeline_layout says how many layers each stage gets") from error
+    if parallel.cp_comm_type == "a2a" and parallel.context_parallel_size > 1:
+        check_divisible(
+            {name: getattr(text, name) for name in ("num_attention_heads", "num_key_value_heads")},
+            "parallel.tensor_model_parallel_size x parallel.context_parallel_size (parallel.cp_comm_type=a2a)",
+            parallel.tensor_model_parallel_size * parallel.context_parallel_size,
+        )
 
 
 def head_dim(text: PretrainedConfig) -> int:

@@ -38,6 +38,7 @@ class LanguageModel(MegatronModule):
         tied: bool,
         pre_process: bool = True,
         post_process: bool = True,
+        vp_stage: int | None = None,
     ) -> None:
         config = decoder_config(text, model, parallel)
         super().__init__(config)
@@ -45,16 +46,18 @@ class LanguageModel(MegatronModule):
         self.model_type = ModelType.encoder_or_decoder  # read by mcore's schedules
         self.share_embeddings_and_output_weights = tied
         self.vocab_size = text.vocab_size
-        self.transformer_impl = model.transformer_impl
         self.language_model = Decoder(
             config,
-            block_spec(layer_spec(model, config), config, get_num_layers_to_build(config)),
+            block_spec(layer_spec(model, config), config, get_num_layers_to_build(config, vp_stage)),
             text,
             tied=tied,
             pre_process=pre_process,
             post_process=post_process,
+            vp_stage=vp_stage,
         )
-        self.layer_offset = get_transformer_layer_offset(config)
+        self.vp_stage = vp_stage  # read by mcore's schedules
+        self.layer_offset = get_transformer_layer_offset(config, vp_stage)
+        self.cp_group = self.language_model.pg_collection.cp
 
     def forward(
         self,
@@ -64,32 +67,35 @@ class LanguageModel(MegatronModule):
         vision: VisionInputs | None = None,
         parents: Tensor | None = None,
     ) -> Tensor:
-        """Hidden states [T, H] after the final norm on the last stage, elsewhere what the next stage takes.
+        """Hidden states [T / cp, H] after the final norm on the last stage, elsewhere what the next stage takes.
 
-        tokens: [1, T] int64; position_ids: [3, 1, T], or [1, 1, T] where the model knows one axis; cu_seqlens: [S + 1]
-        int32 from 0 to T, and T a multiple of the tensor-parallel size under sequence parallelism. vision: read by the
-        first stage only; None without images. parents: [S] int32, the sequence that each continues, or -1; None: no
-        sequence continues another. Every rank of the model-parallel group calls it.
+        They are of this context-parallel rank's tokens, see ``context.local_positions``. tokens: [1, T] int64;
+        position_ids: [3, 1, T], or [1, 1, T] where the model knows one axis; cu_seqlens: [S + 1] int32 from 0 to T.
+        Under context parallelism every sequence is a multiple of 2 cp long, and T / cp a multiple of the
+        tensor-parallel size under sequence parallelism. vision: read by the first stage only; None without images.
+        parents: [S] int32, the sequence that each continues, or -1; None: no sequence continues another. Every rank of
+        the model-parallel group calls it with the same.
         """
+        packed = packed_sequences(cu_seqlens, parents, cp_group=self.cp_group)
         embeddings = None
         if self.pre_process:
-            embeddings = self.embed(tokens, vision)
+            embeddings = self.embed(tokens, vision, packed.here)
             if self.config.sequence_parallel:
                 embeddings = scatter_to_sequence_parallel_region(embeddings)
         hidden = self.language_model(
             None,
-            position_ids,
+            position_ids[..., packed.here],
             None,
             decoder_input=embeddings,
-            packed_seq_params=packed_sequences(cu_seqlens, parents, transformer_impl=self.transformer_impl),
+            packed_seq_params=packed,
         )
         return hidden[:, 0] if self.post_process else hidden
 
-    def embed(self, tokens: Tensor, vision: VisionInputs | None) -> Tensor:
-        """The decoder's input [T, 1, H]."""
+    def embed(self, tokens: Tensor, vision: VisionInputs | None, here: Tensor) -> Tensor:
+        """The decoder's input [T / cp, 1, H]; here: [T / cp] int64, places of this rank's tokens."""
         if vision is not None:
             raise ValueError("a model without a vision tower cannot be shown images")
-        return self.language_model.embedding(input_ids=tokens, position_ids=None)
+        return self.language_model.embedding(input_ids=tokens[:, here], position_ids=None)
 
     def output_weight(self) -> Tensor:
         """This rank's rows [V_local, H] of the output matrix, padding included; only on the last stage."""

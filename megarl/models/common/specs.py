@@ -15,7 +15,7 @@ from megatron.core.transformer.transformer_block import TransformerBlockSubmodul
 from megatron.core.transformer.transformer_config import TransformerConfig
 
 from megarl.config import ModelConfig
-from megarl.parallel.attention import LayerNorm, RMSNorm, TorchAttention
+from megarl.parallel.attention import LayerNorm, PackedSelfAttention, RMSNorm, TorchAttention
 
 # A Transformer Engine layer fuses its norms into the linear layers behind them; mapping tables know the plain names.
 FUSED_NORMS = {
@@ -46,7 +46,10 @@ def layer_spec(model: ModelConfig, config: TransformerConfig, *, causal: bool = 
     mask = AttnMaskType.causal if causal else AttnMaskType.no_mask
     if model.transformer_impl == "transformer_engine":
         require_transformer_engine()
+        from megarl.parallel.te_attention import PackedTEAttention  # needs Transformer Engine
+
         spec = get_gpt_layer_with_transformer_engine_spec(qk_layernorm=config.qk_layernorm)
+        spec.submodules.self_attention.submodules.core_attention = PackedTEAttention
     else:
         if model.attention_backend == "varlen" and not (torch.cuda.is_available() and model.dtype == "bfloat16"):
             raise ValueError("model.attention_backend=varlen needs CUDA and model.dtype=bfloat16")
@@ -57,6 +60,7 @@ def layer_spec(model: ModelConfig, config: TransformerConfig, *, causal: bool = 
         attention.core_attention = ModuleSpec(module=TorchAttention, params={"backend": model.attention_backend})
         if config.qk_layernorm:
             attention.q_layernorm = attention.k_layernorm = norm
+    spec.submodules.self_attention.module = PackedSelfAttention
     spec.submodules.self_attention.params = {"attn_mask_type": mask}
     return spec
 

@@ -31,6 +31,7 @@ class VisionLanguageModel(LanguageModel):
         media_token_ids: tuple[int, ...],
         pre_process: bool = True,
         post_process: bool = True,
+        vp_stage: int | None = None,
     ) -> None:
         super().__init__(
             hf.text_config,
@@ -39,6 +40,7 @@ class VisionLanguageModel(LanguageModel):
             tied=hf.tie_word_embeddings,
             pre_process=pre_process,
             post_process=post_process,
+            vp_stage=vp_stage,
         )
         self.media_token_ids = media_token_ids
         if pre_process:
@@ -56,13 +58,14 @@ class VisionLanguageModel(LanguageModel):
     def blank(self) -> VisionInputs:
         """The smallest possible image."""
 
-    def embed(self, tokens: Tensor, vision: VisionInputs | None) -> Tensor:
-        """The decoder's input [T, 1, H]: words with images among them.
+    def embed(self, tokens: Tensor, vision: VisionInputs | None, here: Tensor) -> Tensor:
+        """The decoder's input [T / cp, 1, H]: words with images among them.
 
-        A microbatch without images runs the tower on a blank one of weight zero, so that every rank takes part in its
-        collectives and every parameter has a gradient.
+        Every context-parallel rank encodes all images and takes the tokens that are ``here``. A microbatch without
+        images runs the tower on a blank one of weight zero, so that every rank takes part in its collectives and every
+        parameter has a gradient.
         """
-        embeddings = super().embed(tokens, None)
+        embeddings = super().embed(tokens, None, here)
         if vision is None:
             return embeddings + 0 * torch.cat(self.encode(self.blank())).sum()
         encoded = self.encode(vision)
@@ -70,4 +73,6 @@ class VisionLanguageModel(LanguageModel):
         places = torch.isin(tokens[0], tokens.new_tensor(self.media_token_ids))
         if len(images) != int(places.sum()):
             raise ValueError(f"images give {len(images)} tokens and the text has places for {int(places.sum())}")
+        shown = places.cumsum(0) - 1  # which token of the images stands at a place
+        images, places = images[shown[here][places[here]]], places[here]
         return embeddings[:, 0].masked_scatter(places[:, None], images)[:, None]

@@ -53,7 +53,7 @@ class VisionModel(MegatronModule):
             config, block_spec(layer, config, config.num_layers), post_layer_norm=False, pg_collection=groups
         )
 
-    def forward(self, pixel_values: Tensor, grids: Tensor, transformer_impl: str) -> tuple[Tensor, Tensor]:
+    def forward(self, pixel_values: Tensor, grids: Tensor) -> tuple[Tensor, Tensor]:
         """Features [P, hidden] in window order, and that order: [P / merge^2] int64 tokens."""
         order, window_boundaries = windows(grids, self.merge, self.window)
         unit = self.merge**2
@@ -63,8 +63,8 @@ class VisionModel(MegatronModule):
 
         rotary = rotary_2d(in_windows(patch_positions(grids, self.merge)), self.config.kv_channels)
         cuts = WindowedSequences(
-            images=packed_sequences(frame_boundaries(grids), transformer_impl=transformer_impl),
-            windows=packed_sequences(window_boundaries, transformer_impl=transformer_impl),
+            images=packed_sequences(frame_boundaries(grids)),
+            windows=packed_sequences(window_boundaries),
         )
         hidden = in_windows(self.patch_embed(pixel_values.to(self.patch_embed.weight.dtype)))[:, None]
         return self.blocks(hidden, None, rotary_pos_emb=rotary, packed_seq_params=cuts)[:, 0], order
@@ -96,6 +96,7 @@ class QwenVLModel(VisionLanguageModel):
         *,
         pre_process: bool = True,
         post_process: bool = True,
+        vp_stage: int | None = None,
     ) -> None:
         validate(hf, parallel)
         super().__init__(
@@ -105,6 +106,7 @@ class QwenVLModel(VisionLanguageModel):
             media_token_ids=(hf.image_token_id, hf.video_token_id),
             pre_process=pre_process,
             post_process=post_process,
+            vp_stage=vp_stage,
         )
 
     def build_vision(self, hf: PretrainedConfig, model: ModelConfig, parallel: ParallelConfig) -> None:
@@ -113,7 +115,7 @@ class QwenVLModel(VisionLanguageModel):
         self.vision_projection = VisionProjection(projector_config(hf, model, parallel), tower)
 
     def encode(self, vision: VisionInputs) -> list[Tensor]:
-        features, order = self.vision_model(vision.pixel_values, vision.grids, self.transformer_impl)
+        features, order = self.vision_model(vision.pixel_values, vision.grids)
         tokens = self.vision_projection(features)[order.argsort()]
         return list(tokens.split((vision.grids.prod(1) // self.vision_model.merge**2).tolist()))
 
