@@ -30,6 +30,13 @@ class Actions:
     loss_weights: Tensor  # [N] mean one over the optimizer step; zero where an action is not trained
     sequence_ids: Tensor  # [N] which of the sequences an action belongs to
     num_sequences: int
+    # adds up a tensor over the ranks that share the sequences, with its gradient; the identity where none does
+    sum_over_ranks: Callable[[Tensor], Tensor] = lambda tensor: tensor
+
+    def sum_by_sequence(self, values: Tensor) -> Tensor:
+        """Sums [num_sequences] of ``values`` [N] over whole sequences, those actions included that other ranks hold."""
+        sums = values.new_zeros(self.num_sequences).index_add(0, self.sequence_ids, values)
+        return self.sum_over_ranks(sums)
 
     @property
     def log_ratio(self) -> Tensor:

@@ -121,9 +121,9 @@ def export_to_rank_zero(
     """Every tensor of the whole model, one at a time, on rank 0 of the world; nothing on the other ranks.
 
     Every rank calls it and exhausts it. Stages send one bucket after another to rank 0, which asks for the next only
-    when it has consumed the last: it never holds more than two buckets. Only the first data-parallel replica works.
+    when it has consumed the last: it never holds more than two buckets. Only the first replica of the weights works.
     """
-    if parallel_state.get_data_parallel_rank() != 0:
+    if parallel_state.get_data_parallel_rank(with_context_parallel=True) != 0:
         return
     group = parallel_state.get_pipeline_model_parallel_group()
     stages = dist.get_process_group_ranks(group)

@@ -334,9 +334,10 @@ def _restore_rng(path: Path, manifest: Manifest) -> None:
     sizes = {
         "tensor_model_parallel_size": parallel_state.get_tensor_model_parallel_world_size(),
         "pipeline_model_parallel_size": parallel_state.get_pipeline_model_parallel_world_size(),
+        "context_parallel_size": parallel_state.get_context_parallel_world_size(),
         "data_parallel_size": parallel_state.get_data_parallel_world_size(),
     }
-    saved = {name: manifest.parallel[name] for name in sizes}
+    saved = {name: manifest.parallel.get(name, 1) for name in sizes}
     if saved != sizes:
         if dist.get_rank() == 0:
             logger.warning("%s was saved by the layout %s: random generators are not restored", path, saved)

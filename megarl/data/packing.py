@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from megarl.config import RunConfig
+from megarl.config import ParallelConfig, RunConfig
 from megarl.data.processors import Processor
 from megarl.types import Media, PackedBatch, Sample
 
@@ -37,13 +37,12 @@ class Packing:
     def of(cls, config: RunConfig, processor: Processor) -> Packing:
         """How a run lays out its bins."""
         parallel = config.parallel
-        context, tensor = parallel.context_parallel_size, parallel.tensor_model_parallel_size
-        chunks = 2 if context > 1 else 1  # of a sequence on a rank
+        multiple, sequence_multiple = multiples(parallel)
         return cls(
             max_tokens=config.trainer.max_tokens_per_microbatch,
             max_patches=config.trainer.max_patches_per_microbatch,
-            multiple=context * math.lcm(chunks, tensor if parallel.sequence_parallel else 1),
-            sequence_multiple=context * chunks,
+            multiple=multiple,
+            sequence_multiple=sequence_multiple,
             num_bins_multiple=parallel.pipeline_model_parallel_size if parallel.interleaved else 1,
             position_ids=processor.position_ids,
             pad_token_id=processor.eos_token_ids[0],
@@ -54,6 +53,13 @@ class Packing:
         """Tokens that ``sample`` takes up in a bin, behind ``previous``."""
         shared = self.share_prompts and previous is not None and _prompt(previous) == _prompt(sample)
         return _round_up(len(sample.tokens) - (_prompt_length(sample) if shared else 1), self.sequence_multiple)
+
+
+def multiples(parallel: ParallelConfig) -> tuple[int, int]:
+    """What the lengths of a bin and of each sequence in it are padded to, so that ``parallel`` can cut them."""
+    context, tensor = parallel.context_parallel_size, parallel.tensor_model_parallel_size
+    chunks = 2 if context > 1 else 1  # of a sequence on a rank
+    return context * math.lcm(chunks, tensor if parallel.sequence_parallel else 1), context * chunks
 
 
 def _round_up(number: int, multiple: int) -> int:

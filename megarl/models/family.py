@@ -22,9 +22,10 @@ from megarl.models.qwen_vl.model import QwenVLModel
 class Family:
     """``build(hf_config, model, parallel, *, pre_process, post_process, vp_stage)`` makes a piece of the model.
 
-    ``build_stage`` makes all that a rank holds. It raises ``ValueError`` that names the key when the layout cannot divide the model, and so does
-    ``validate(hf_config, parallel)`` by itself. A model is a ``models.common.LanguageModel``. ``canonical_name`` is the
-    published spelling of a tensor's name, whichever version of transformers wrote the file.
+    ``build_stage`` makes all that a rank holds. ``build`` raises ``ValueError`` that names the key when the layout
+    cannot divide the model, and so does ``validate(hf_config, parallel)`` by itself. A model is a
+    ``models.common.LanguageModel``. ``canonical_name`` is the published spelling of a tensor's name, whichever version
+    of transformers wrote the file.
     """
 
     name: str

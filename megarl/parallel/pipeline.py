@@ -26,10 +26,11 @@ def forward_backward(
 ) -> list[Any]:
     """Run ``microbatches`` through ``chunks``, this rank's pieces of the model; every rank of the world calls it.
 
-    ``forward_step(iterator, chunk)`` takes the next microbatch, and returns the chunk's output and a function from it to
-    (loss, number of actions, result), which is called behind the last layer; its results, elsewhere nothing. ``train``:
-    also backward, gradients reduced over data- and context-parallel ranks (``force_all_reduce``: whole on every rank)
-    and divided by the number of actions. An interleaved pipeline wants a multiple of its size of microbatches.
+    ``forward_step(iterator, chunk)`` takes the next microbatch and returns the chunk's output, and a function from that
+    to (loss, number of actions, result) which is called behind the last layer. Returns the results, nothing elsewhere.
+    ``train``: backward too, gradients reduced over data- and context-parallel ranks (``force_all_reduce``: whole on
+    every rank) and divided by the number of actions. An interleaved pipeline wants a multiple of its size of
+    microbatches.
     """
     options = {}
     if len(chunks) > 1:

@@ -8,13 +8,13 @@ import torch
 
 from megarl.checkpoint.huggingface import load_hf, read_config
 from megarl.config import RunConfig
-from megarl.models.family import family_of
+from megarl.models.common.interleaved import chunks_of
+from megarl.models.family import build_stage, family_of
 from megarl.models.mapping import Mapping
 from megarl.parallel import mcore_cpu
 
 mcore_cpu.install()
 
-from megatron.core import parallel_state  # noqa: E402
 from megatron.core.distributed import (  # noqa: E402
     DistributedDataParallel,
     DistributedDataParallelConfig,
@@ -31,17 +31,10 @@ def build_model(config: RunConfig, hf_dir: str | Path, *, weights: bool = True) 
     ``weights=False`` leaves the random initial values, for a checkpoint that is loaded over them.
     """
     hf_config = read_config(hf_dir)
-    family = family_of(hf_config)
-    model = family.build(
-        hf_config,
-        config.model,
-        config.parallel,
-        pre_process=parallel_state.is_pipeline_first_stage(),
-        post_process=parallel_state.is_pipeline_last_stage(),
-    )
+    model = build_stage(hf_config, config.model, config.parallel)
     if torch.cuda.is_available():
         model = model.cuda()
-    mappings = family.mappings(hf_config)
+    mappings = family_of(hf_config).mappings(hf_config)
     if weights:
         load_hf(model, mappings, hf_dir)
     return model, mappings
@@ -49,17 +42,16 @@ def build_model(config: RunConfig, hf_dir: str | Path, *, weights: bool = True) 
 
 def build_trainable(
     config: RunConfig, model: MegatronModule
-) -> tuple[DistributedDataParallel, MegatronOptimizer, OptimizerParamScheduler]:
-    """Wrap ``model`` for data parallelism and give it an optimizer; frozen parts stay out of both."""
+) -> tuple[list[DistributedDataParallel], MegatronOptimizer, OptimizerParamScheduler]:
+    """Wrap the chunks of ``model`` for data parallelism and give it an optimizer; frozen parts stay out of both."""
     model.freeze(config.model.freeze)
     bf16 = config.model.dtype == "bfloat16"
     distributed = config.parallel.use_distributed_optimizer
-    ddp = DistributedDataParallel(
-        model.config,
-        DistributedDataParallelConfig(use_distributed_optimizer=distributed, grad_reduce_in_fp32=True),
-        model,
-    )
-    model.config.finalize_model_grads_func = finalize_model_grads
+    ddp_config = DistributedDataParallelConfig(use_distributed_optimizer=distributed, grad_reduce_in_fp32=True)
+    ddp = []
+    for number, chunk in enumerate(chunks_of(model)):
+        ddp.append(DistributedDataParallel(chunk.config, ddp_config, chunk, disable_bucketing=number > 0))
+        chunk.config.finalize_model_grads_func = finalize_model_grads
     c = config.optimizer
     optimizer = get_megatron_optimizer(
         OptimizerConfig(
@@ -75,7 +67,7 @@ def build_trainable(
             params_dtype=torch.bfloat16 if bf16 else torch.float32,
             use_distributed_optimizer=distributed,
         ),
-        [ddp],
+        ddp,
     )
     updates = config.trainer.num_steps * config.algorithm.num_minibatches * config.algorithm.num_epochs
     scheduler = OptimizerParamScheduler(

@@ -46,13 +46,16 @@ class WorkerGroup:
         return self.config.data_parallel_size
 
     def data_parallel_rank(self, rank: int) -> int:
-        """mcore orders ranks tensor first, then data, then pipeline."""
-        return rank // self.config.parallel.tensor_model_parallel_size % self.data_parallel_size
+        """See ``groups.initialize`` for the order of ranks."""
+        parallel = self.config.parallel
+        shared = parallel.tensor_model_parallel_size * parallel.context_parallel_size  # ranks that get the same bins
+        return rank // shared % self.data_parallel_size
 
     def exporters(self) -> list[list[ActorHandle]]:
         """The tensor-parallel groups that together hold one copy of the weights, by pipeline stage."""
-        tp, dp = self.config.parallel.tensor_model_parallel_size, self.data_parallel_size
-        return [self.ranks[start : start + tp] for start in range(0, len(self.ranks), tp * dp)]
+        parallel = self.config.parallel
+        tp, stage = parallel.tensor_model_parallel_size, len(self.ranks) // parallel.pipeline_model_parallel_size
+        return [self.ranks[start : start + tp] for start in range(0, len(self.ranks), stage)]
 
     def call(self, method: str, *args: Any, **kwargs: Any) -> list[Any]:
         """``method`` with the same arguments on every rank; the results in order of rank.

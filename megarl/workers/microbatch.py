@@ -10,19 +10,22 @@ import torch
 from torch import Tensor
 
 from megarl.models.common.vision import VisionInputs
+from megarl.parallel.context import local_positions
 from megarl.types import Media, PackedBatch
 
 
 @dataclass
 class MicroBatch:
-    """What a pipeline stage needs of a ``PackedBatch``: T tokens, of which N are actions."""
+    """What a rank needs of a ``PackedBatch``: T tokens, and the N of its actions that context parallelism gives it."""
 
     tokens: Tensor  # [1, T] int64
     position_ids: Tensor  # [3 or 1, 1, T] int64
     cu_seqlens: Tensor  # [S + 1] int32
     parents: Tensor | None  # [S] int32, see PackedBatch; None: no sequence has one
     vision: VisionInputs | None  # None without images or past the first stage
-    rows: Tensor  # [N] int64, positions whose next token is an action
+    rows: Tensor  # [N] int64, places among this rank's tokens whose next token is an action
+    places: Tensor  # [N] int64, these actions among the ``num_actions`` of the whole microbatch
+    num_actions: int
     targets: Tensor  # [N] int64
     loss_weights: Tensor  # [N] float32
     advantages: Tensor  # [N] float32
@@ -34,7 +37,12 @@ class MicroBatch:
 
 
 def to_device(
-    batch: PackedBatch, *, device: torch.device, pixel_values: Callable[[Media], Tensor] | None
+    batch: PackedBatch,
+    *,
+    device: torch.device,
+    pixel_values: Callable[[Media], Tensor] | None,
+    cp_size: int = 1,
+    cp_rank: int = 0,
 ) -> MicroBatch:
     """Move ``batch`` to ``device``; ``pixel_values`` decodes images and is None on stages that have no vision tower."""
 
@@ -48,7 +56,9 @@ def to_device(
         distinct = batch.media.select([index.index(i) for i in range(len(first))])
         pixels = pixel_values(distinct).to(device)
         vision = VisionInputs(pixels, tensor(distinct.grids), tensor(distinct.sizes), torch.tensor(index))
-    rows = np.flatnonzero(batch.loss_weights)
+    here = local_positions(torch.from_numpy(batch.cu_seqlens), cp_size, cp_rank).numpy()
+    rows = np.flatnonzero(batch.loss_weights[here])
+    actions = here[rows]
     return MicroBatch(
         tokens=tensor(batch.tokens)[None],
         position_ids=tensor(batch.position_ids)[:, None],
@@ -56,10 +66,12 @@ def to_device(
         parents=tensor(batch.parents) if (batch.parents >= 0).any() else None,
         vision=vision,
         rows=tensor(rows),
-        targets=tensor(batch.labels[rows]),
-        loss_weights=tensor(batch.loss_weights[rows]),
-        advantages=tensor(batch.advantages[rows]),
-        rollout_logprobs=tensor(batch.rollout_logprobs[rows]),
-        sequence_ids=tensor(batch.sequence_ids[rows]),
+        places=tensor(np.searchsorted(np.flatnonzero(batch.loss_weights), actions)),
+        num_actions=batch.num_actions,
+        targets=tensor(batch.labels[actions]),
+        loss_weights=tensor(batch.loss_weights[actions]),
+        advantages=tensor(batch.advantages[actions]),
+        rollout_logprobs=tensor(batch.rollout_logprobs[actions]),
+        sequence_ids=tensor(batch.sequence_ids[actions]),
         num_sequences=len(batch.cu_seqlens) - 1,
     )

@@ -31,7 +31,10 @@ from megarl.checkpoint.huggingface import write_hf
 from megarl.config import RunConfig
 from megarl.data.processors import load_processor
 from megarl.kernels.logprob import linear_logprob
+from megarl.models.common.interleaved import chunks_of
 from megarl.parallel import groups, mcore_cpu
+from megarl.parallel.context import collect, sum_over
+from megarl.parallel.pipeline import forward_backward
 from megarl.types import PackedBatch
 from megarl.utils.checksum import tensor_checksum
 from megarl.workers.build import build_model, build_trainable
@@ -41,7 +44,6 @@ from megarl.workers.sender import WeightSender
 mcore_cpu.install()
 
 from megatron.core import parallel_state  # noqa: E402
-from megatron.core.pipeline_parallel import get_forward_backward_func  # noqa: E402
 from megatron.core.transformer.module import MegatronModule  # noqa: E402
 
 Outputs = tuple[Tensor, Tensor, Any]  # loss, number of actions, what is returned for the microbatch
@@ -117,7 +119,16 @@ class PolicyWorker:
         with self.timer("load"):
             pixels = self.processor.pixel_values if parallel_state.is_pipeline_first_stage() else None
             self.microbatches = [
-                [to_device(batch, device=self.device, pixel_values=pixels) for batch in minibatch]
+                [
+                    to_device(
+                        batch,
+                        device=self.device,
+                        pixel_values=pixels,
+                        cp_size=parallel_state.get_context_parallel_world_size(),
+                        cp_rank=parallel_state.get_context_parallel_rank(),
+                    )
+                    for batch in minibatch
+                ]
                 for minibatch in minibatches
             ]
 
@@ -151,8 +162,13 @@ class PolicyWorker:
         self.load([batches])
         with torch.no_grad():
             outputs = self._run(self.microbatches[0], self.model, partial(self._keep, temperature, ban), train=False)
+        group = parallel_state.get_context_parallel_group()
+        whole = [
+            collect(logprobs, m.places, m.num_actions, group)
+            for m, logprobs in zip(self.microbatches[0], outputs, strict=bool(outputs))
+        ]
         self.microbatches = []
-        return [output.cpu().numpy() for output in outputs] if self._speaks() else None
+        return [output.cpu().numpy() for output in whole] if self._speaks() and group.rank() == 0 else None
 
     def validate(self, batches: list[PackedBatch]) -> Totals | None:
         """The loss on ``batches`` without training on them."""
@@ -165,7 +181,8 @@ class PolicyWorker:
         return totals if self._speaks() else None
 
     def _update(self, minibatch: list[MicroBatch], totals: Totals) -> None:
-        self.ddp.zero_grad_buffer()
+        for chunk in self.ddp:
+            chunk.zero_grad_buffer()
         self.optimizer.zero_grad()
         outputs = self._run(minibatch, self.model, self._loss, train=True)
         self.scheduler.step(increment=1)
@@ -190,20 +207,12 @@ class PolicyWorker:
             output = module(m.tokens, m.position_ids, m.cu_seqlens, m.vision, m.parents)
             return output, partial(after, model, m)
 
-        return get_forward_backward_func()(
-            forward_step_func=forward,
-            data_iterator=iter(microbatches),
-            model=self.ddp if train else model,
-            num_microbatches=len(microbatches),
-            seq_length=microbatches[0].tokens.shape[1],
-            micro_batch_size=1,
-            forward_only=not train,
-        )
+        return forward_backward(forward, self.ddp if train else chunks_of(model), microbatches, train=train)
 
     def _head(
         self, model: MegatronModule, m: MicroBatch, hidden: Tensor, temperature: float, ban: bool
     ) -> tuple[Tensor, Tensor]:
-        """Log-probs and entropies [N] of the actions, from hidden states [T, H]."""
+        """Log-probs and entropies [N] of this rank's actions, from the hidden states [T / cp, H] of its tokens."""
         return linear_logprob(
             hidden[m.rows],
             model.output_weight(),
@@ -235,6 +244,7 @@ class PolicyWorker:
             loss_weights=m.loss_weights,
             sequence_ids=m.sequence_ids,
             num_sequences=m.num_sequences,
+            sum_over_ranks=partial(sum_over, group=parallel_state.get_context_parallel_group()),
         )
         loss, metrics = policy_loss(actions, config)
         penalty, penalty_metrics = penalties(actions, config)
@@ -319,7 +329,7 @@ class PolicyWorker:
         self.seconds[phase] += time.perf_counter() - start
 
     def _speaks(self) -> bool:
-        """Whether this rank answers for its data-parallel group."""
+        """Whether this rank answers for its actions: of the ranks that have the same, one does."""
         return parallel_state.is_pipeline_last_stage() and parallel_state.get_tensor_model_parallel_rank() == 0
 
 

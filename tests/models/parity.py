@@ -9,27 +9,52 @@ import torch
 
 from megarl.checkpoint.huggingface import load_hf, read_config
 from megarl.config import ModelConfig, ParallelConfig
+from megarl.data.packing import multiples
 from megarl.kernels.logprob import linear_logprob
-from megarl.models.family import family_of
+from megarl.models.common.interleaved import chunks_of
+from megarl.models.family import build_stage, family_of
 from megarl.parallel import groups
+from megarl.parallel.context import gathered_order, local_positions
+from megarl.parallel.pipeline import forward_backward
 from tests.models.reference import BANNED, ENTROPY_COEF, TEMPERATURE, VOCAB, Batch, Reference, pack
 
-LAYOUTS = {  # name -> ranks, (tensor, pipeline, sequence parallel)
-    "tp1": (1, (1, 1, False)),
-    "tp2": (2, (2, 1, False)),
-    "tp2_sp": (2, (2, 1, True)),
-    "pp2": (2, (1, 2, False)),
-    "tp2_pp2": (4, (2, 2, False)),
-    "tp2_sp_pp2": (4, (2, 2, True)),
-    "dp2": (2, (1, 1, False)),
-    "tp2_dp2": (4, (2, 1, True)),
+
+def layout(tp: int = 1, pp: int = 1, **others: Any) -> ParallelConfig:
+    return ParallelConfig(tensor_model_parallel_size=tp, pipeline_model_parallel_size=pp, **others)
+
+
+SP, CP2 = {"sequence_parallel": True}, {"context_parallel_size": 2}
+VPP2 = {"virtual_pipeline_model_parallel_size": 2}
+LAYOUTS = {  # name -> ranks, layout: for models of two layers
+    "tp1": (1, layout()),
+    "tp2": (2, layout(tp=2)),
+    "tp2_sp": (2, layout(tp=2, **SP)),
+    "pp2": (2, layout(pp=2)),
+    "tp2_pp2": (4, layout(tp=2, pp=2)),
+    "tp2_sp_pp2": (4, layout(tp=2, pp=2, **SP)),
+    "dp2": (2, layout()),
+    "tp2_dp2": (4, layout(tp=2, **SP)),
+}
+DEEP_LAYOUTS = {  # for models of four layers and as many key-value groups
+    "cp2": (2, layout(**CP2)),
+    "cp2_a2a": (2, layout(**CP2, cp_comm_type="a2a")),
+    "cp2_p2p": (2, layout(**CP2, cp_comm_type="p2p")),
+    "cp2_dp2": (4, layout(**CP2)),
+    "cp2_pp2": (4, layout(pp=2, **CP2, cp_comm_type="p2p")),
+    "tp2_sp_cp2": (4, layout(tp=2, **SP, **CP2, cp_comm_type="a2a")),
+    "pp2_vpp2": (2, layout(pp=2, **VPP2)),
+    "tp2_sp_pp2_vpp2": (4, layout(tp=2, pp=2, **SP, **VPP2)),
+    "cp2_pp2_vpp2": (4, layout(pp=2, **CP2, **VPP2)),
+    "pp2_uneven": (2, layout(pp=2, pipeline_layout=[1, 3])),
+    "pp2_tower_alone": (2, layout(pp=2, pipeline_layout=[0, 4])),
+    "pp2_vpp2_tower_alone": (2, layout(pp=2, **VPP2, pipeline_layout=[0, 2, 1, 1])),
 }
 MICROBATCHES = [[0], [1, 4, 2], [3], [5, 6]]  # text alone, text beside images, several images
 
 
 def train(
     directory: str,
-    layout: tuple[int, int, bool],
+    parallel: ParallelConfig,
     model_config: ModelConfig,
     microbatches: list[Batch],
     force_all_reduce: bool = True,
@@ -41,25 +66,16 @@ def train(
     from megatron.core import parallel_state as ps
     from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
     from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
-    from megatron.core.pipeline_parallel import get_forward_backward_func
 
-    tp, pp, sp = layout
-    parallel = ParallelConfig(tensor_model_parallel_size=tp, pipeline_model_parallel_size=pp, sequence_parallel=sp)
     groups.initialize(parallel, seed=0)
     hf = read_config(directory)
-    family = family_of(hf)
-    model = family.build(
-        hf,
-        model_config,
-        parallel,
-        pre_process=ps.is_pipeline_first_stage(),
-        post_process=ps.is_pipeline_last_stage(),
-    )
-    load_hf(model, family.mappings(hf), directory)
+    model = build_stage(hf, model_config, parallel)
+    load_hf(model, family_of(hf).mappings(hf), directory)
     model.freeze(model_config.freeze)
     ddp_config = DistributedDataParallelConfig(use_distributed_optimizer=True, grad_reduce_in_fp32=True)
-    ddp = DistributedDataParallel(model.config, ddp_config, model)
-    model.config.finalize_model_grads_func = finalize_model_grads
+    chunks = chunks_of(model)
+    ddp = [DistributedDataParallel(chunk.config, ddp_config, chunk) for chunk in chunks]
+    chunks[0].config.finalize_model_grads_func = finalize_model_grads
     optimizer = get_megatron_optimizer(
         OptimizerConfig(
             optimizer="adam",
@@ -72,8 +88,9 @@ def train(
             params_dtype=model.config.params_dtype,
             use_distributed_optimizer=True,
         ),
-        [ddp],
+        ddp,
     )
+    cp_size, cp_rank = ps.get_context_parallel_world_size(), ps.get_context_parallel_rank()
     mine = microbatches[ps.get_data_parallel_rank() :: ps.get_data_parallel_world_size()]
     logits, attentions = [], []
     for name, module in model.named_modules():
@@ -83,41 +100,39 @@ def train(
     def loss(batch: Batch, hidden: torch.Tensor) -> tuple:
         weight = model.output_weight()
         logits.append((hidden @ weight.T).detach())
+        here = local_positions(batch.cu_seqlens, cp_size, cp_rank)
+        place = torch.full(batch.tokens.shape[1:], -1)
+        place[here] = torch.arange(len(here))
+        rows = place[batch.rows]
+        mine = rows >= 0
         logprobs, entropy = linear_logprob(
-            hidden[batch.rows],
+            hidden[rows[mine]],
             weight,
-            batch.targets,
+            batch.targets[mine],
             temperature=TEMPERATURE,
             banned_ids=BANNED,
             vocab_size=model.vocab_size,
             tp_group=ps.get_tensor_model_parallel_group(),
             chunk_size=7,
         )
-        value = (batch.weights * (-logprobs - ENTROPY_COEF * entropy)).sum()
-        return value, torch.tensor(len(batch.rows), dtype=torch.int), {}
+        value = (batch.weights[mine] * (-logprobs - ENTROPY_COEF * entropy)).sum()
+        return value, mine.sum().int(), {}
 
     def forward(iterator, model):
         batch = next(iterator)
         return model(*batch.forward), partial(loss, batch)
 
-    ddp.zero_grad_buffer()
+    for chunk in ddp:
+        chunk.zero_grad_buffer()
     optimizer.zero_grad()
-    get_forward_backward_func()(
-        forward_step_func=forward,
-        data_iterator=iter(mine),
-        model=ddp,
-        num_microbatches=len(mine),
-        seq_length=mine[0].forward[0].shape[1],
-        micro_batch_size=1,
-        forward_only=False,
-        force_all_reduce=force_all_reduce,
-    )
+    forward_backward(forward, ddp, mine, train=True, force_all_reduce=force_all_reduce)
     named = [(model.global_name(name), p) for name, p in model.named_parameters()]
     gradients = {name: p.main_grad.clone() for name, p in named if p.requires_grad}
     optimizer.step()
     return {
         "tp": ps.get_tensor_model_parallel_rank(),
         "dp": ps.get_data_parallel_rank(),
+        "cp": cp_rank,
         "logits": logits,
         "attentions": sorted(attentions),
         "gradients": gradients,
@@ -151,19 +166,33 @@ def assert_near(ours: dict[str, torch.Tensor], theirs: dict[str, torch.Tensor], 
 
 
 def check_logits(results: list[dict], ref: Reference, microbatches: list[list[int]]) -> None:
-    dp_size = 1 + max(r["dp"] for r in results)
+    dp_size, cp_size = (1 + max(r[axis] for r in results) for axis in ("dp", "cp"))
     for number, indices in enumerate(microbatches):
-        ranks = [r for r in results if r["logits"] and r["dp"] == number % dp_size]
-        ranks.sort(key=lambda r: r["tp"])
-        logits = torch.cat([r["logits"][number // dp_size] for r in ranks], dim=1)[:, :VOCAB]
+        lengths = [len(ref.logits[i]) for i in indices]
+        multiple = 2 * cp_size if cp_size > 1 else 1
+        starts = torch.tensor([0, *(length + -length % multiple for length in lengths)]).cumsum(0)
+        parts = []
+        for rank in range(cp_size):
+            ranks = [r for r in results if r["logits"] and (r["dp"], r["cp"]) == (number % dp_size, rank)]
+            ranks.sort(key=lambda r: r["tp"])
+            parts.append(torch.cat([r["logits"][number // dp_size] for r in ranks], dim=1)[:, :VOCAB])
+        # padding of the bin lies behind, and the ranks' parts of the sequences before it
+        logits = torch.cat([part[: int(starts[-1]) // cp_size] for part in parts])[gathered_order(starts, cp_size)]
+        logits = torch.cat([logits[s : s + n] for s, n in zip(starts[:-1].tolist(), lengths, strict=True)])
         expected = torch.cat([ref.logits[i] for i in indices])
-        difference = float((logits[: len(expected)] - expected).norm() / expected.norm())
+        difference = float((logits - expected).norm() / expected.norm())
         assert difference <= 1e-5, f"microbatch {indices}: relative difference {difference:.1e}"
 
 
 def run(
     pool, ref: Reference, layout: str, microbatches: list[list[int]] = MICROBATCHES, model: ModelConfig | None = None
 ) -> list[dict]:
-    world_size, sizes = LAYOUTS[layout]
-    batches = [pack(ref, indices, multiple=sizes[0]) for indices in microbatches]
-    return pool.run(train, world_size, ref.directory, sizes, model or ModelConfig(), batches)
+    world_size, parallel = (LAYOUTS | DEEP_LAYOUTS)[layout]
+    return pool.run(
+        train, world_size, ref.directory, parallel, model or ModelConfig(), packed(ref, microbatches, parallel)
+    )
+
+
+def packed(ref: Reference, microbatches: list[list[int]], parallel: ParallelConfig) -> list[Batch]:
+    multiple, sequence_multiple = multiples(parallel)
+    return [pack(ref, indices, multiple, sequence_multiple) for indices in microbatches]

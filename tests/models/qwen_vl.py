@@ -11,12 +11,14 @@ from tests.models.reference import IMAGE, VIDEO, VISION_END, VISION_START, VOCAB
 
 from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration  # isort: skip  after torchvision_cpu
 
-# name -> what differs: heads, key-value groups, tied embeddings, windows in tokens, layers with full attention
+# name -> what differs: heads, key-value groups, tied embeddings, windows in tokens, tower layers with full attention,
+# decoder layers
 CONFIGS = {
     "gqa2_tied": {"heads": 4, "groups": 2, "tied": True, "window": 2, "full": [1]},
     "gqa4_untied": {"heads": 8, "groups": 2, "tied": False, "window": 3, "full": [0, 2]},
     "mha_untied_full": {"heads": 4, "groups": 4, "tied": False, "window": 2, "full": [0, 1, 2]},
     "mha_tied_windows": {"heads": 4, "groups": 4, "tied": True, "window": 4, "full": []},
+    "deep_tied": {"heads": 8, "groups": 4, "tied": True, "window": 2, "full": [1], "layers": 4},
 }
 
 
@@ -32,7 +34,7 @@ class Qwen25VL(Case):
             vocab_size=VOCAB,
             hidden_size=head * c["heads"],
             intermediate_size=48,
-            num_hidden_layers=2,
+            num_hidden_layers=c.get("layers", 2),
             num_attention_heads=c["heads"],
             num_key_value_heads=c["groups"],
             rms_norm_eps=1e-6,

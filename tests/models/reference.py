@@ -136,22 +136,25 @@ def reference(case: Case, name: str, directory: Path) -> Reference:
     return result
 
 
-def pack(reference: Reference, indices: list[int], multiple: int = 1) -> Batch:
-    """The samples ``indices`` end to end, the last one padded until the tokens are a multiple of ``multiple``."""
+def pack(reference: Reference, indices: list[int], multiple: int = 1, sequence_multiple: int = 1) -> Batch:
+    """The samples ``indices`` end to end, each padded to ``sequence_multiple``, and padding up to ``multiple``."""
     samples = [reference.samples[i] for i in indices]
-    lengths = [len(s.tokens) for s in samples]
-    padding = -sum(lengths) % multiple
+    pads = [-len(s.tokens) % sequence_multiple for s in samples]
+    lengths = [len(s.tokens) + pad for s, pad in zip(samples, pads, strict=True)]
     starts = torch.tensor([0, *lengths]).cumsum(0)
     rows = torch.cat([trained(s) + start for s, start in zip(samples, starts[:-1].tolist(), strict=True)])
-    cu_seqlens = starts.clone()
-    cu_seqlens[-1] += padding
-    tokens = torch.nn.functional.pad(torch.cat([s.tokens for s in samples]), (0, padding))
-    position_ids = torch.nn.functional.pad(torch.cat([s.position_ids for s in samples], -1), (0, padding))
+    rest = -sum(lengths) % multiple
+
+    def joined(streams: list[Tensor]) -> Tensor:
+        padded = [torch.nn.functional.pad(stream, (0, pad)) for stream, pad in zip(streams, pads, strict=True)]
+        return torch.nn.functional.pad(torch.cat(padded, -1), (0, rest))
+
+    tokens, position_ids = joined([s.tokens for s in samples]), joined([s.position_ids for s in samples])
     pixels, grids, sizes = (torch.cat([getattr(s, n) for s in samples]) for n in ("pixel_values", "grids", "sizes"))
     return Batch(
         tokens=tokens[None],
         position_ids=position_ids[:, None],
-        cu_seqlens=cu_seqlens.int(),
+        cu_seqlens=torch.cat([starts, starts[-1:] + rest] if rest else [starts]).int(),
         vision=VisionInputs(pixels, grids, sizes, torch.arange(len(grids))) if len(grids) else None,
         rows=rows,
         targets=tokens[rows + 1],

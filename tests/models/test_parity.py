@@ -6,7 +6,7 @@ from functools import cache
 
 import pytest
 
-from tests.models.parity import LAYOUTS, MICROBATCHES, assert_near, check_logits, joined, run
+from tests.models.parity import DEEP_LAYOUTS, LAYOUTS, MICROBATCHES, assert_near, check_logits, joined, run
 from tests.models.qwen_vl import Qwen25VL
 from tests.models.reference import Case, reference
 
@@ -14,6 +14,7 @@ FAMILIES: dict[str, Case] = {"qwen2_5_vl": Qwen25VL()}
 CASES = [(family, name, "tp1") for family, case in FAMILIES.items() for name in case.names] + [
     ("qwen2_5_vl", name, layout) for name in ("gqa2_tied", "gqa4_untied") for layout in LAYOUTS if layout != "tp1"
 ]
+CASES += [("qwen2_5_vl", "deep_tied", layout) for layout in DEEP_LAYOUTS]
 
 
 @pytest.fixture(scope="module")

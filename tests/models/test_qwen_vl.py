@@ -12,7 +12,7 @@ import torch
 from megarl.config import ModelConfig, ParallelConfig
 from megarl.models.common.vision import VisionInputs
 from megarl.models.family import family_of
-from tests.models.parity import LAYOUTS, MICROBATCHES, assert_near, check_logits, joined, run, train
+from tests.models.parity import LAYOUTS, MICROBATCHES, assert_near, check_logits, joined, packed, run, train
 from tests.models.qwen_vl import Qwen25VL
 from tests.models.reference import pack, reference
 
@@ -55,9 +55,9 @@ def test_recompute_changes_nothing(pool, references, layout):
 @pytest.mark.parametrize("layout", ["dp2", "tp2_dp2"])
 def test_reduce_scattered_gradients_give_the_same_step(pool, references, layout):
     ref = references("gqa4_untied")
-    world_size, sizes = LAYOUTS[layout]
-    batches = [pack(ref, indices, multiple=sizes[0]) for indices in MICROBATCHES]
-    results = pool.run(train, world_size, ref.directory, sizes, ModelConfig(), batches, False)
+    world_size, parallel = LAYOUTS[layout]
+    batches = packed(ref, MICROBATCHES, parallel)
+    results = pool.run(train, world_size, ref.directory, parallel, ModelConfig(), batches, False)
     assert_near(joined(results, "updated", ref.directory), ref.updated)
 
 
@@ -88,9 +88,9 @@ def test_an_image_shown_twice_is_encoded_once(pool, references):
     distinct = VisionInputs(
         v.pixel_values[: three + one], v.grids[:4], v.sizes[:4], torch.tensor([0, 1, 2, 3, 0, 1, 2])
     )
-    sizes = LAYOUTS["tp1"][1]
     twice, shared = (
-        pool.run(train, 1, ref.directory, sizes, ModelConfig(), [b]) for b in (batch, replace(batch, vision=distinct))
+        pool.run(train, 1, ref.directory, ParallelConfig(), ModelConfig(), [b])
+        for b in (batch, replace(batch, vision=distinct))
     )
     assert_near(joined(shared, "gradients", ref.directory), joined(twice, "gradients", ref.directory), 1e-5)
 
