@@ -6,9 +6,10 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from megatron.core import parallel_state
 from megatron.core.pipeline_parallel import get_forward_backward_func
-from megatron.core.pipeline_parallel.p2p_communication import P2PCommunicator, _p2p_ops
+from megatron.core.pipeline_parallel.p2p_communication import P2PCommunicator
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.utils import get_model_config
 from torch import Tensor, nn
@@ -49,38 +50,62 @@ def forward_backward(
     )
 
 
-class _Communicator(P2PCommunicator):
-    """Shapes travel like the tensors that they announce.
+class _Message:
+    """A tensor on its way with its shape before it."""
 
-    mcore batches them, and the two messages of a pair of interleaved stages that are each other's neighbours on both
-    sides then meet the wrong receivers.
+    def __init__(self, *works: dist.Work) -> None:
+        self.works = works
+
+    def wait(self) -> None:
+        for work in self.works:
+            work.wait()
+
+
+class _Communicator(P2PCommunicator):
+    """Messages between interleaved stages, each with its shape before it.
+
+    mcore exchanges all shapes of a call, waits, and then exchanges tensors. Two stages that are each other's neighbours
+    on both sides then take one shape for the other, and a message that the other side expects only in its next call
+    stops both. Here everything is sent before anything is waited for; the two directions between a pair of ranks have
+    a group each, so that neither stands in the other's queue.
     """
 
-    def _communicate_shapes(
-        self, tensor_send_next: Tensor | None, tensor_send_prev: Tensor | None, recv_prev: bool, recv_next: bool
-    ) -> tuple[list[int], list[int]]:
-        device = torch.cuda.current_device()
+    def _communicate(
+        self,
+        *,
+        tensor_send_next: Tensor | None,
+        tensor_send_prev: Tensor | None,
+        recv_prev: bool,
+        recv_next: bool,
+        tensor_shape: Any,
+        wait_on_reqs: bool = True,
+    ) -> tuple[Tensor | None, Tensor | None, dict[str, _Message] | None]:
+        messages: dict[str, _Message] = {}
+        received: dict[str, Tensor] = {}
+        here, device = dist.get_rank(), torch.cuda.current_device()
+        for name, tensor, rank in (
+            ("send_next", tensor_send_next, self.next_rank),
+            ("send_prev", tensor_send_prev, self.prev_rank),
+        ):
+            if tensor is not None:
+                group = self._group(here, rank)
+                shape = torch.tensor(tensor.shape, dtype=torch.int64, device=device)
+                messages[name] = _Message(dist.isend(shape, rank, group), dist.isend(tensor, rank, group))
+        for name, wanted, rank in (("recv_prev", recv_prev, self.prev_rank), ("recv_next", recv_next, self.next_rank)):
+            if wanted:
+                group = self._group(rank, here)
+                shape = torch.empty(3, dtype=torch.int64, device=device)
+                dist.irecv(shape, rank, group).wait()
+                kind = {"dtype": self.config.pipeline_dtype, "device": device, "requires_grad": True}
+                received[name] = torch.empty(shape.tolist(), **kind)
+                messages[name] = _Message(dist.irecv(received[name], rank, group))
+        if wait_on_reqs:
+            for message in messages.values():
+                message.wait()
+        return received.get("recv_prev"), received.get("recv_next"), None if wait_on_reqs else messages
 
-        def shape(tensor: Tensor | None) -> Tensor | None:
-            return None if tensor is None else torch.tensor(tensor.shape, dtype=torch.int64, device=device)
-
-        def room(wanted: bool) -> Tensor | None:
-            return torch.empty(3, dtype=torch.int64, device=device) if wanted else None
-
-        received = room(recv_prev), room(recv_next)
-        requests = _p2p_ops(
-            tensor_send_prev=shape(tensor_send_prev),
-            tensor_recv_prev=received[0],
-            tensor_send_next=shape(tensor_send_next),
-            tensor_recv_next=received[1],
-            group=self.pp_group,
-            prev_pipeline_rank=self.prev_rank,
-            next_pipeline_rank=self.next_rank,
-        )
-        for request in requests.values():
-            request.wait()
-        previous, following = ([0, 0, 0] if tensor is None else tensor.tolist() for tensor in received)
-        return previous, following
+    def _group(self, source: int, destination: int) -> dist.ProcessGroup:
+        return self.pp_group if source < destination else dist.group.WORLD
 
 
 def _groups() -> ProcessGroupCollection:

@@ -24,6 +24,13 @@ LAYOUTS = {
     "dp2": (2, ParallelConfig()),
     "dp4, ranks with empty bins": (4, ParallelConfig()),
     "tp2 pp2": (4, ParallelConfig(tensor_model_parallel_size=2, pipeline_model_parallel_size=2)),
+    "cp2": (2, ParallelConfig(context_parallel_size=2)),
+    "tp2 sp cp2": (
+        4,
+        ParallelConfig(tensor_model_parallel_size=2, sequence_parallel=True, context_parallel_size=2),
+    ),
+    "pp2 vpp2": (2, ParallelConfig(pipeline_model_parallel_size=2, virtual_pipeline_model_parallel_size=2)),
+    "dp2 cp2": (4, ParallelConfig(context_parallel_size=2)),
 }
 
 
@@ -68,6 +75,7 @@ def samples_of(config, processor):
 def train_once(path, parallel, world_size, share_prompts):
     """On a rank: load, score, train, export; the totals of ranks that speak and the weights of rank 0."""
     import torch.distributed as dist
+    from megatron.core import parallel_state as ps
 
     from megarl.algorithms.weights import compute_loss_weights
     from megarl.checkpoint.export import export_to_rank_zero
@@ -80,8 +88,7 @@ def train_once(path, parallel, world_size, share_prompts):
     worker.build(str(path), trainable=True)
     packing = Packing.of(config, worker.processor)
     samples = samples_of(config, worker.processor)
-    size = config.data_parallel_size
-    rank = dist.get_rank() // parallel.tensor_model_parallel_size % size
+    size, rank = config.data_parallel_size, ps.get_data_parallel_rank()
     minibatches = []
     for part in (samples[:6], samples[6:]):
         for sample, weights in zip(part, compute_loss_weights(part, config.algorithm), strict=True):
@@ -92,6 +99,31 @@ def train_once(path, parallel, world_size, share_prompts):
     totals = worker.train()
     weights = {name: tensor.clone().numpy() for name, tensor in export_to_rank_zero(worker.model, worker.mappings)}
     return totals and dataclasses.replace(totals, seconds={}), weights
+
+
+def score_once(path, parallel, world_size):
+    """On a rank: log-probs of all bins, and names of exported tensors that are not those of the files."""
+    import torch.distributed as dist
+    from megatron.core import parallel_state as ps
+
+    from megarl.checkpoint.export import export_to_rank_zero
+    from megarl.checkpoint.huggingface import HFReader
+    from megarl.data.packing import Packing, pack_bins
+    from megarl.workers.policy import PolicyWorker
+
+    config = config_of(path, parallel, world_size, False)
+    worker = PolicyWorker(config, dist.get_rank())
+    worker.prepare()
+    worker.build(str(path), trainable=False)
+    samples = samples_of(config, worker.processor)
+    for sample in samples:
+        sample.loss_weights = sample.loss_mask.astype(np.float32)
+    bins = pack_bins(samples, Packing.of(config, worker.processor), config.data_parallel_size)
+    outputs = worker.logprobs(bins[ps.get_data_parallel_rank()], 1.0, True)
+    reader = HFReader(path)
+    exported = dict(export_to_rank_zero(worker.model, worker.mappings))
+    different = [name for name, tensor in exported.items() if not tensor.equal(reader[name])]
+    return outputs and np.concatenate(outputs), len(exported), different
 
 
 @pytest.fixture(scope="module")
@@ -124,6 +156,16 @@ def test_a_step_does_not_depend_on_the_layout(model, pool, one_rank, layout):
 @pytest.mark.parametrize("layout", ["one rank", "tp2 sp", "dp2", "tp2 pp2"])
 def test_a_step_does_not_depend_on_shared_prompts(model, pool, one_rank, layout):
     assert_same_step(run(model, pool, layout, share_prompts=True), one_rank)
+
+
+@pytest.mark.parametrize("layout", ["cp2", "tp2 sp cp2", "pp2 vpp2"])
+def test_scores_are_whole_and_weights_leave_as_they_came(model, pool, layout):
+    ((expected, count, _),) = pool.run(score_once, 1, model, ParallelConfig(), 1)
+    world_size, parallel = LAYOUTS[layout]
+    results = pool.run(score_once, world_size, model, parallel, world_size)
+    (logprobs,) = (outputs for outputs, _, _ in results if outputs is not None)
+    np.testing.assert_allclose(logprobs, expected, rtol=1e-4, atol=1e-5)
+    assert results[0][1:] == (count, [])
 
 
 def assert_same_step(result, one_rank):
