@@ -10,6 +10,7 @@ import json
 import re
 import shutil
 from collections.abc import Callable, Iterable
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -17,16 +18,16 @@ import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import AutoConfig, PretrainedConfig
 
+from megarl.checkpoint.shards import DTYPES, ShardWriter
 from megarl.models.family import FAMILIES
 from megarl.models.mapping import Mapping
 
 INDEX_FILE = "model.safetensors.index.json"
 TIED_OUTPUT = "lm_head.weight"
-DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+DERIVED = re.compile(r".*\.rotary_emb\.inv_freq")  # buffers that older files hold and config.json determines
 
 _WEIGHT_FILE = re.compile(r".*\.(safetensors|bin|pt|pth|gguf|h5|msgpack|index\.json)$")
 _MAX_LISTED = 20
@@ -73,7 +74,7 @@ class HFReader:
 
     def __post_init__(self) -> None:
         self.directory = Path(self.directory)
-        self._handles: dict[Path, safe_open] = {}
+        self._meta: dict[str, Tensor] = {}
         if not self.directory.is_dir():
             raise CheckpointError(f"{self.directory}: no such directory")
         self.files, canonical_name = {}, canonical_names(self.directory)
@@ -104,12 +105,11 @@ class HFReader:
         return names
 
     def _open(self, path: Path) -> safe_open:
-        if path not in self._handles:
-            try:
-                self._handles[path] = safe_open(path, framework="pt", device="cpu")
-            except SafetensorError as error:
-                raise CheckpointError(f"{path}: not a readable safetensors file: {error}") from error
-        return self._handles[path]
+        """Opened anew each time: a handle maps its file, and every page that was read stays in memory with it."""
+        try:
+            return safe_open(path, framework="pt", device="cpu")
+        except SafetensorError as error:
+            raise CheckpointError(f"{path}: not a readable safetensors file: {error}") from error
 
     def keys(self) -> list[str]:
         """Canonical names, in the order of the files."""
@@ -124,11 +124,22 @@ class HFReader:
 
     def meta(self, name: str) -> Tensor:
         """A tensor without data, of the stored shape and dtype."""
-        path, stored = self.files[name]
-        view = self._open(path).get_slice(stored)
-        if view.get_dtype() not in DTYPES:
-            raise CheckpointError(f"{path}: {stored} is stored as {view.get_dtype()}; read are {', '.join(DTYPES)}")
-        return torch.empty(view.get_shape(), dtype=DTYPES[view.get_dtype()], device="meta")
+        if name not in self._meta:
+            self._read_meta(self.files[name][0])
+        return self._meta[name]
+
+    def _read_meta(self, path: Path) -> None:
+        file = self._open(path)
+        names = {stored: name for name, (where, stored) in self.files.items() if where == path}
+        for stored, name in names.items():
+            view = file.get_slice(stored)
+            if view.get_dtype() not in DTYPES:
+                raise CheckpointError(f"{path}: {stored} is stored as {view.get_dtype()}; read are {', '.join(DTYPES)}")
+            self._meta[name] = torch.empty(view.get_shape(), dtype=DTYPES[view.get_dtype()], device="meta")
+
+    def num_bytes(self) -> int:
+        """Of all tensors."""
+        return sum(self.meta(name).nbytes for name in self.files)
 
     def dtypes(self) -> set[torch.dtype]:
         """Every dtype that occurs."""
@@ -138,13 +149,13 @@ class HFReader:
 def check_keys(reader: HFReader, mappings: list[Mapping], *, tied: bool) -> list[str]:
     """Problems of a directory's key set against the mapping table: one line each for missing and unknown keys.
 
-    ``tied``: the configuration ties the output layer to the embedding, so a stored duplicate of it is no problem.
+    Buffers that the configuration determines are no problem. ``tied``: the configuration ties the output layer to the embedding, so a stored duplicate of it is no problem.
     """
     expected = {name for mapping in mappings for name in mapping.hf}
     optional = {name for mapping in mappings for name in mapping.optional}
     allowed = expected | ({TIED_OUTPUT} if tied else set())
     missing = sorted(name for name in expected - optional if name not in reader)
-    unknown = sorted(name for name in reader.keys() if name not in allowed)  # noqa: SIM118
+    unknown = sorted(name for name in reader.keys() if name not in allowed and not DERIVED.fullmatch(name))  # noqa: SIM118
     problems = [f"missing keys: {listed(missing)}"] if missing else []
     return problems + ([f"unknown keys: {listed(unknown)}"] if unknown else [])
 
@@ -252,7 +263,7 @@ def write_hf(
     dtype: torch.dtype | None = None,
     max_shard_bytes: int = 2 << 30,
 ) -> None:
-    """Write a Hugging Face directory, holding at most one shard of ``max_shard_bytes`` in memory.
+    """Write a Hugging Face directory, holding one tensor in memory; a file ends at about ``max_shard_bytes``.
 
     ``tensors`` are whole and canonically named; ``dtype`` None keeps theirs. Every file of ``source_directory`` that
     holds no weights is copied. One process calls it.
@@ -261,30 +272,26 @@ def write_hf(
     copy_auxiliary_files(source_directory, directory)
     if dtype is not None:
         _set_config_dtype(directory, dtype)
-    parts: list[list[str]] = []
-    shard: dict[str, Tensor] = {}
-    size = total = 0
-
-    def flush() -> None:
-        save_file(shard, directory / f"part-{len(parts):05d}.safetensors", metadata={"format": "pt"})
-        parts.append(list(shard))
-        shard.clear()
-
-    for name, tensor in tensors:
-        tensor = tensor.detach().to(device="cpu", dtype=dtype or tensor.dtype).contiguous()
-        if shard and size + tensor.nbytes > max_shard_bytes:
-            flush()
-            size = 0
-        if name in shard or any(name in part for part in parts):
-            raise CheckpointError(f"{name} came twice")
-        shard[name] = tensor
-        size, total = size + tensor.nbytes, total + tensor.nbytes
-    flush()
-    weight_map: dict[str, str] = {}
-    for i, names in enumerate(parts):
-        file = "model.safetensors" if len(parts) == 1 else f"model-{i + 1:05d}-of-{len(parts):05d}.safetensors"
-        (directory / f"part-{i:05d}.safetensors").rename(directory / file)
-        weight_map |= dict.fromkeys(names, file)
+    parts: list[Path] = []
+    files: dict[str, int] = {}  # tensor -> number of its part
+    total = 0
+    with ExitStack() as stack:
+        shard: ShardWriter | None = None
+        for name, tensor in tensors:
+            tensor = tensor.detach().to(device="cpu", dtype=dtype or tensor.dtype).contiguous()
+            if name in files:
+                raise CheckpointError(f"{name} came twice")
+            if shard is None or shard.num_bytes + tensor.nbytes > max_shard_bytes or not shard.fits(name, tensor):
+                stack.pop_all().close()
+                parts.append(directory / f"part-{len(parts):05d}.safetensors")
+                shard = stack.enter_context(ShardWriter(parts[-1]))
+            shard.add(name, tensor)
+            files[name], total = len(parts) - 1, total + tensor.nbytes
+    names = [f"model-{i + 1:05d}-of-{len(parts):05d}.safetensors" for i in range(len(parts))]
+    names = ["model.safetensors"] if len(parts) == 1 else names
+    for part, name in zip(parts, names, strict=True):
+        part.rename(directory / name)
     if len(parts) > 1:
+        weight_map = {name: names[number] for name, number in files.items()}
         index = {"metadata": {"total_size": total}, "weight_map": weight_map}
         (directory / INDEX_FILE).write_text(json.dumps(index, indent=2) + "\n")

@@ -14,6 +14,7 @@ import random
 import threading
 from collections.abc import Callable, Iterable
 from dataclasses import asdict
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -181,6 +182,7 @@ def save_to(
     *,
     hf_dir: str | Path | None = None,
     async_save: bool = False,
+    tensor_source: writer.TensorSource | None = None,
 ) -> Handle:
     """Save to ``path``, replacing what is there; every rank of the world calls it with its shard.
 
@@ -188,7 +190,8 @@ def save_to(
     configuration, tokenizer and processor are copied into ``hf/``. With ``async_save`` the call returns when the
     shards have been copied to host memory: training may go on at once, and the files are written by a thread.
     The checkpoint counts when its manifest is there, which is after all ranks have written. The next save waits for
-    this one; so does the interpreter's exit. Wait on the handle before killing the process.
+    this one; so does the interpreter's exit. Wait on the handle before killing the process. With ``tensor_source`` the
+    tensors come from there one by one when they are written, and ``model`` may be without data.
     """
     while _pending:
         _pending.pop().wait()
@@ -201,7 +204,11 @@ def save_to(
     dist.barrier()
     source = Path(hf_dir or config.model.path)
     _sync_parameters(model)
-    rng, strategy = _rng_state(), writer.SnapshotStrategy(copy=async_save)
+    rng = _rng_state()
+    if tensor_source is None:
+        strategy = writer.SnapshotStrategy(partial(writer.SnapshotWriter, copy=async_save))
+    else:
+        strategy = writer.SnapshotStrategy(partial(writer.StreamingWriter, source=tensor_source))
     state = _state(model, optimizer, is_loading=False)
     if scheduler is not None:
         state["scheduler"] = {"num_steps": scheduler.num_steps}
@@ -223,7 +230,7 @@ def save_to(
     def work() -> None:
         try:
             report = writer.Report(results=strategy.writer.write())
-            files = [path / "state" / strategy.writer.file] if report.results else []
+            files = [path / "state" / file for file in strategy.writer.files]
             if "rng" in contents:
                 files.append(path / "rng" / f"rank_{rank:05d}.pt")
                 torch.save(rng, files[-1])
@@ -273,11 +280,23 @@ def _on_any_rank(names: Iterable[str]) -> list[str]:
     return list(dict.fromkeys(name for theirs in gathered for name in theirs))
 
 
-def _check_tensors(path: Path, state: dict[str, Any]) -> None:
+def intact(path: Path) -> Manifest:
+    """The manifest of the checkpoint at ``path``; every rank of the world calls it.
+
+    ``CheckpointError`` on every rank when the checkpoint is not complete or a file is not what was saved.
+    """
+    manifest = read_manifest(path)
+    problems = damaged_files(path, manifest, part=dist.get_rank(), num_parts=dist.get_world_size())
+    if problems := _on_any_rank(problems):
+        raise CheckpointError(f"{path}: damaged checkpoint: {listed(problems)}")
+    return manifest
+
+
+def check_tensors(path: Path, model: nn.Module, optimizer: MegatronOptimizer | None = None) -> None:
     """Raise on every rank one ``CheckpointError`` that lists tensors that are missing, unknown or of another shape."""
     stored = read_index(path).state_dict_metadata
     problems, requested = [], set()
-    for item in nested_values(load_preprocess(state)[0]):
+    for item in nested_values(load_preprocess(_state(model, optimizer, is_loading=True))[0]):
         if not isinstance(item, ShardedTensor):
             continue
         requested.add(item.key)
@@ -306,14 +325,11 @@ def load(
     missing, damaged or of another shape.
     """
     path = Path(path)
-    manifest = read_manifest(path)
-    problems = damaged_files(path, manifest, part=dist.get_rank(), num_parts=dist.get_world_size())
-    if problems := _on_any_rank(problems):
-        raise CheckpointError(f"{path}: damaged checkpoint: {listed(problems)}")
+    manifest = intact(path)
     for name, part in (("optimizer", optimizer), ("scheduler", scheduler)):
         if part is not None and name not in manifest.contents:
             raise CheckpointError(f"{path} holds no {name}, only {', '.join(manifest.contents)}: load it without")
-    _check_tensors(path, _state(model, optimizer, is_loading=True))
+    check_tensors(path, model, optimizer)
     try:
         state = dist_checkpointing.load(_state(model, optimizer, is_loading=True), str(path / "state"))
     except (CheckpointingException, CheckpointException, RuntimeError) as error:

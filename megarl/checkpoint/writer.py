@@ -11,9 +11,10 @@ from __future__ import annotations
 import json
 import os
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import torch
 from megatron.core.dist_checkpointing.core import CheckpointingConfig, save_config
@@ -29,7 +30,7 @@ from megatron.core.dist_checkpointing.strategies.torch import (
 from torch.distributed.checkpoint import FileSystemWriter, Metadata, SavePlan, SavePlanner
 from torch.distributed.checkpoint.filesystem import _StorageInfo, _write_item
 from torch.distributed.checkpoint.metadata import MetadataIndex
-from torch.distributed.checkpoint.planner import WriteItemType
+from torch.distributed.checkpoint.planner import WriteItem, WriteItemType
 from torch.distributed.checkpoint.storage import WriteResult
 
 from megarl.checkpoint.huggingface import CheckpointError
@@ -37,10 +38,13 @@ from megarl.checkpoint.manifest import write_atomically
 
 BACKEND, VERSION = "torch_dist", 1
 TIMEOUT_S = 3600.0  # rank 0 waits so long for the other ranks' files
+FILE_BYTES = 4 << 30  # a file of tensors is not begun on another tensor when it has reached this size
 REPORTS = "reports"
 FAILED_FILE = "failed.txt"
 
 _POLL_S = 0.02
+
+TensorSource = Callable[[MetadataIndex], torch.Tensor]  # the tensor that a save has planned for an index
 
 
 class SnapshotWriter(FileSystemWriter):
@@ -49,48 +53,70 @@ class SnapshotWriter(FileSystemWriter):
     def __init__(self, path: str | Path, *, copy: bool) -> None:
         super().__init__(path, thread_count=1)
         self._copy = copy
+        self.files: list[str] = []  # that ``write`` has written
 
     def prepare_write_data(self, plan: SavePlan, planner: SavePlanner) -> None:
-        """Resolve the planned items, copied to host memory if training may go on (mcore calls it after planning)."""
-        self.file = f"{plan.storage_data.prefix}0.distcp"
-        self._items = []
-        for item in plan.items:
-            data = planner.resolve_data(item)
-            if item.type != WriteItemType.BYTE_IO:
-                # a copy even on the CPU: the next step changes the parameter in place
-                data = data.detach().to("cpu", copy=self._copy)
-            self._items.append((item, data))
+        """Take the planned items (mcore calls it after planning)."""
+        self._prefix = plan.storage_data.prefix
+        self._items = [(item, self._take(item, planner)) for item in reversed(plan.items)]
+
+    def _take(self, item: WriteItem, planner: SavePlanner) -> Any:
+        """The item's data, copied to host memory if training may go on."""
+        data = planner.resolve_data(item)
+        # a copy even on the CPU: the next step changes the parameter in place
+        return data if item.type == WriteItemType.BYTE_IO else data.detach().to("cpu", copy=self._copy)
+
+    def _data(self, taken: Any) -> Any:
+        """What to write of that which was taken."""
+        return taken
 
     def write(self) -> list[WriteResult]:
-        """Write the items, freeing each; where each lies in the file."""
+        """Write the items, freeing each; where each lies in the files."""
         results = []
-        if self._items:
-            with open(Path(self.path) / self.file, "wb") as stream:
-                while self._items:
-                    item, data = self._items.pop()
-                    if isinstance(data, torch.Tensor) and data.untyped_storage().nbytes() != data.nbytes:
-                        data = data.clone(memory_format=torch.contiguous_format)  # torch.save writes whole storages
-                    results.append(
-                        _write_item(self.transforms, stream, data, item, self.file, self.serialization_format)
-                    )
+        while self._items:
+            file = f"{self._prefix}{len(self.files)}.distcp"
+            self.files.append(file)
+            with open(Path(self.path) / file, "wb") as stream:
+                while self._items and stream.tell() < FILE_BYTES:
+                    item, taken = self._items.pop()
+                    results.append(self._write_item(stream, file, item, self._data(taken)))
                 stream.flush()
                 os.fsync(stream.fileno())
         return results
+
+    def _write_item(self, stream: IO[bytes], file: str, item: WriteItem, data: Any) -> WriteResult:
+        if isinstance(data, torch.Tensor) and data.untyped_storage().nbytes() != data.nbytes:
+            data = data.clone(memory_format=torch.contiguous_format)  # torch.save writes whole storages
+        return _write_item(self.transforms, stream, data, item, file, self.serialization_format)
+
+
+class StreamingWriter(SnapshotWriter):
+    """Takes nothing when the save is planned: ``write`` asks ``source`` for one planned tensor after another."""
+
+    def __init__(self, path: str | Path, *, source: TensorSource) -> None:
+        super().__init__(path, copy=False)
+        self._source = source
+
+    def _take(self, item: WriteItem, planner: SavePlanner) -> Any:
+        return planner.resolve_data(item) if item.type == WriteItemType.BYTE_IO else item.index
+
+    def _data(self, taken: Any) -> Any:
+        return self._source(taken) if isinstance(taken, MetadataIndex) else taken
 
 
 class SnapshotStrategy(TorchDistSaveShardedStrategy):
     """mcore's ``torch_dist`` format, planned here and written by ``writer`` when the caller says so."""
 
-    def __init__(self, *, copy: bool) -> None:
+    def __init__(self, make_writer: Callable[[Path], SnapshotWriter]) -> None:
         super().__init__(BACKEND, VERSION)
-        self.copy = copy
+        self.make_writer = make_writer
         self.writer: SnapshotWriter
         self.metadata: Metadata | None = None  # the index but for the places in the files; only on rank 0
 
     def async_save(self, sharded_state_dict: ShardedStateDict, checkpoint_dir: str | Path) -> AsyncRequest:
         """Plan the save with all ranks and take this rank's shards; the request itself does nothing."""
         state, _, _ = _replace_state_dict_keys_with_sharded_keys(sharded_state_dict, self.keep_only_main_replica)
-        self.writer = SnapshotWriter(checkpoint_dir, copy=self.copy)
+        self.writer = self.make_writer(Path(checkpoint_dir))
         planner = MCoreSavePlanner(dedup_replicated_tensors=False, flatten_state_dict=False)
         planned, *_ = save_state_dict_async_plan(
             mcore_to_pyt_state_dict(state), self.writer, coordinator_rank=0, planner=planner

@@ -50,6 +50,7 @@ def test_there_and_back_is_bit_exact(converted):
             "huggingface": 69,
             "compared": 69,
             "tied_duplicates": {},
+            "derived": [],
             "unaccounted": [],
             "missing": [],
         }

@@ -6,7 +6,7 @@ python tools/convert/inspect_checkpoint.py DIRECTORY
 import argparse
 import sys
 
-from megarl.checkpoint.convert import describe
+from megarl.checkpoint.describe import describe
 
 
 def main() -> int:

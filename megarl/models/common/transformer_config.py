@@ -24,7 +24,8 @@ def transformer_config(
     ``ValueError`` that names an unknown field of ``model.megatron`` and the nearest known one.
     """
     dtype = DTYPES[model.dtype]
-    cuda = torch.cuda.is_available()
+    # explicit devices of mcore would put a model on the GPU that is being described on the meta device
+    cuda = torch.cuda.is_available() and torch.get_default_device().type != "meta"
     values: dict[str, Any] = {
         "tensor_model_parallel_size": parallel.tensor_model_parallel_size,
         "sequence_parallel": parallel.sequence_parallel and pipelined,
