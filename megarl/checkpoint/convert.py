@@ -46,7 +46,7 @@ def single_process() -> Iterator[None]:
             dist.destroy_process_group()
 
 
-def _build(hf_dir: Path, config: ModelConfig, device: str) -> tuple[MegatronModule, list[Mapping]]:
+def whole_model(hf_dir: Path, config: ModelConfig, device: str) -> tuple[MegatronModule, list[Mapping]]:
     """The whole model; its parameters have no values yet, and on the device ``meta`` no memory."""
     hf = read_config(hf_dir)
     family = family_of(hf)
@@ -92,7 +92,7 @@ def hf_to_megatron(
     config = _conversion_config(hf_dir.resolve(), _exact_dtype(reader), overrides or [])
     family.validate(hf, config.parallel)
     with single_process():
-        model, mappings = _build(hf_dir, config.model, "meta")
+        model, mappings = whole_model(hf_dir, config.model, "meta")
         check_load(reader, mappings, model, tied=hf.tie_word_embeddings, tp_size=1)
         with staged(out_dir, _num_bytes(model)) as directory:
             with progress(_num_bytes(model), f"writing {out_dir}") as bar:
@@ -128,7 +128,7 @@ def megatron_to_hf(
     name = dtype or manifest.dtype
     with single_process():
         megatron.intact(checkpoint)
-        model, mappings = _build(checkpoint / "hf", replace(config.model, dtype=manifest.dtype), "meta")
+        model, mappings = whole_model(checkpoint / "hf", replace(config.model, dtype=manifest.dtype), "meta")
         megatron.check_tensors(checkpoint, model)
         stored = CheckpointReader(checkpoint, model)
         with staged(out_dir, _num_bytes(model, FILE_DTYPES[name])) as directory:
@@ -151,14 +151,14 @@ def _logits(
     """Logits of ``parameters`` in float32 against transformers' on ``hf_dir``, or why they are not compared."""
     if not asked:
         return {"skipped": "not asked for"}
-    meta, _ = _build(description, config, "meta")
+    meta, _ = whole_model(description, config, "meta")
     number = sum(parameter.numel() for parameter in meta.parameters())
     if number > MAX_LOGITS_PARAMETERS:
         return {"skipped": f"{number} parameters are more than {MAX_LOGITS_PARAMETERS}"}
 
     def model() -> MegatronModule:
         device = "cuda" if torch.cuda.is_available() else "cpu"
-        whole, _ = _build(description, replace(config, dtype="float32"), device)
+        whole, _ = whole_model(description, replace(config, dtype="float32"), device)
         parameters.fill(whole)
         return whole
 

@@ -28,7 +28,7 @@ from transformers import AutoModelForImageTextToText  # noqa: E402
 PARITY_FILE = "parity.json"
 MAX_LOGITS_PARAMETERS = 500_000_000  # of a model that is run whole, here and in transformers, to compare logits
 
-_PIECE = 1 << 22  # elements
+_PIECE = 1 << 20  # elements
 
 
 def sha256(tensor: Tensor) -> str:
