@@ -162,4 +162,4 @@ def _logits(
         parameters.fill(whole)
         return whole
 
-    return compare_logits(model, read_config(hf_dir), hf_dir)
+    return compare_logits(model, hf_dir)

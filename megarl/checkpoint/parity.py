@@ -6,7 +6,6 @@ import hashlib
 import json
 import platform
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -14,16 +13,15 @@ from typing import Any
 import torch
 from megatron.core.transformer.module import MegatronModule
 from torch import Tensor
-from transformers import PretrainedConfig
 
-from megarl.checkpoint.huggingface import DERIVED, TIED_OUTPUT, HFReader
-from megarl.models.common.vision import VisionInputs
+from megarl.checkpoint.huggingface import DERIVED, TIED_OUTPUT, HFReader, read_config
+from megarl.models.family import family_of
 from megarl.models.mapping import Mapping
 from megarl.utils import torchvision_cpu
 
 torchvision_cpu.install()
 
-from transformers import AutoModelForImageTextToText  # noqa: E402
+import transformers  # noqa: E402
 
 PARITY_FILE = "parity.json"
 MAX_LOGITS_PARAMETERS = 500_000_000  # of a model that is run whole, here and in transformers, to compare logits
@@ -94,58 +92,29 @@ def compare_tensors(tensors: Iterable[tuple[str, Tensor]], mappings: list[Mappin
     }
 
 
-@dataclass
-class Probe:
-    """One prompt with one image, the same for every model of a vocabulary."""
-
-    tokens: Tensor  # [L]
-    pixel_values: Tensor  # [P, E]
-    grids: Tensor  # [1, 3]
-
-
-def qwen_vl_probe(hf: PretrainedConfig) -> Probe:
-    """Words, an image of 4 x 6 patches of noise, words."""
-    generator = torch.Generator().manual_seed(0)
-    special = [hf.image_token_id, hf.video_token_id, hf.vision_start_token_id, hf.vision_end_token_id]
-    words = torch.randint(3, min([*special, hf.text_config.vocab_size]), (24,), generator=generator)
-    vision = hf.vision_config
-    merge = vision.spatial_merge_size
-    grids = torch.tensor([[1, 2 * merge, 3 * merge]])
-    pads = torch.full((6,), hf.image_token_id)
-    start, end = torch.tensor([hf.vision_start_token_id]), torch.tensor([hf.vision_end_token_id])
-    tokens = torch.cat([words[:8], start, pads, end, words[8:]])
-    size = vision.in_channels * vision.temporal_patch_size * vision.patch_size**2
-    return Probe(tokens, torch.randn(int(grids.prod()), size, generator=generator), grids)
-
-
 @torch.no_grad()
-def compare_logits(build: Callable[[], MegatronModule], hf: PretrainedConfig, hf_dir: str | Path) -> dict[str, Any]:
-    """Logits of the model that ``build`` makes (float32, whole) on the probe against transformers' on ``hf_dir``.
-
-    The two are in memory one after the other.
-    """
-    probe = qwen_vl_probe(hf)
-    reference = AutoModelForImageTextToText.from_pretrained(hf_dir, dtype=torch.float32, attn_implementation="sdpa")
-    types = (probe.tokens == hf.image_token_id).int()[None]
-    position_ids, _ = reference.model.get_rope_index(probe.tokens[None], types, probe.grids)
-    theirs = reference.eval()(
-        input_ids=probe.tokens[None],
-        position_ids=position_ids,
-        mm_token_type_ids=types,
-        pixel_values=probe.pixel_values,
-        image_grid_thw=probe.grids,
-    ).logits[0]
+def compare_logits(build: Callable[[], MegatronModule], hf_dir: str | Path) -> dict[str, Any]:
+    """Logits of the model that ``build`` makes (float32, whole) on its family's probe, against transformers' on
+    ``hf_dir``; the two are in memory one after the other."""
+    hf = read_config(hf_dir)
+    probe = family_of(hf).probe(hf)
+    architecture = getattr(transformers, hf.architectures[0])
+    reference = architecture.from_pretrained(hf_dir, dtype=torch.float32, attn_implementation="sdpa").eval()
+    position_ids = probe.position_ids(reference)
+    # the model's own way to place tokens, which is the one to compare with, sees no position ids
+    theirs = reference(input_ids=probe.tokens[None], **probe.inputs).logits[0]
     del reference
-    model = build()
+    model = build().eval()
+    device = model.output_weight().device
     cu_seqlens = torch.tensor([0, len(probe.tokens)], dtype=torch.int32)
-    vision = VisionInputs(probe.pixel_values, probe.grids, torch.zeros(1, 2), torch.zeros(1, dtype=torch.int64))
-    hidden = model.eval()(probe.tokens[None], position_ids, cu_seqlens, vision)
-    ours = (hidden @ model.output_weight().T)[:, : model.vocab_size]
+    inputs = (probe.tokens[None], position_ids[:, None], cu_seqlens)
+    hidden = model(*(tensor.to(device) for tensor in inputs), None if probe.vision is None else probe.vision.to(device))
+    ours = (hidden @ model.output_weight().T)[:, : model.vocab_size].cpu()
     return {
         "max_abs_diff": float((ours - theirs).abs().max()),
         "largest_logit": float(theirs.abs().max()),
         "prompt_tokens": len(probe.tokens),
-        "image_patches": len(probe.pixel_values),
+        "image_patches": 0 if probe.vision is None else len(probe.vision.pixel_values),
     }
 
 

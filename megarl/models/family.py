@@ -11,11 +11,16 @@ from transformers import PretrainedConfig
 
 from megarl.config import ModelConfig, ParallelConfig
 from megarl.models.common.interleaved import InterleavedModel
+from megarl.models.common.language import validate_language
 from megarl.models.mapping import Mapping
+from megarl.models.probe import Probe, text_probe
 from megarl.models.qwen_vl.config import validate as qwen_vl_validate
 from megarl.models.qwen_vl.mapping import canonical_name as qwen_vl_canonical_name
 from megarl.models.qwen_vl.mapping import mappings as qwen_vl_mappings
 from megarl.models.qwen_vl.model import QwenVLModel
+from megarl.models.qwen_vl.probe import probe as qwen_vl_probe
+from megarl.models.text.model import TextModel
+from megarl.models.text.model import mappings as text_mappings
 
 
 @dataclass(frozen=True)
@@ -25,7 +30,7 @@ class Family:
     ``build_stage`` makes all that a rank holds. ``build`` raises ``ValueError`` that names the key when the layout
     cannot divide the model, and so does ``validate(hf_config, parallel)`` by itself. A model is a
     ``models.common.LanguageModel``. ``canonical_name`` is the published spelling of a tensor's name, whichever version
-    of transformers wrote the file.
+    of transformers wrote the file. ``probe`` makes the prompt whose logits a converter compares with transformers'.
     """
 
     name: str
@@ -34,6 +39,7 @@ class Family:
     mappings: Callable[[PretrainedConfig], list[Mapping]]
     validate: Callable[[PretrainedConfig, ParallelConfig], None]
     canonical_name: Callable[[str], str]
+    probe: Callable[[PretrainedConfig], Probe]
 
 
 QWEN_VL = Family(
@@ -43,9 +49,22 @@ QWEN_VL = Family(
     mappings=qwen_vl_mappings,
     validate=qwen_vl_validate,
     canonical_name=qwen_vl_canonical_name,
+    probe=qwen_vl_probe,
 )
 
-FAMILIES: dict[str, Family] = {architecture: family for family in (QWEN_VL,) for architecture in family.architectures}
+TEXT = Family(
+    name="text",
+    architectures=("LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM"),
+    build=TextModel,
+    mappings=text_mappings,
+    validate=validate_language,
+    canonical_name=str,
+    probe=text_probe,
+)
+
+FAMILIES: dict[str, Family] = {
+    architecture: family for family in (QWEN_VL, TEXT) for architecture in family.architectures
+}
 
 
 def build_stage(hf_config: PretrainedConfig, model: ModelConfig, parallel: ParallelConfig) -> MegatronModule:

@@ -9,10 +9,13 @@ import pytest
 from tests.models.parity import DEEP_LAYOUTS, LAYOUTS, MICROBATCHES, assert_near, check_logits, joined, run
 from tests.models.qwen_vl import Qwen25VL
 from tests.models.reference import Case, reference
+from tests.models.text import Text
 
-FAMILIES: dict[str, Case] = {"qwen2_5_vl": Qwen25VL()}
-CASES = [(family, name, "tp1") for family, case in FAMILIES.items() for name in case.names] + [
-    ("qwen2_5_vl", name, layout) for name in ("gqa2_tied", "gqa4_untied") for layout in LAYOUTS if layout != "tp1"
+FAMILIES: dict[str, Case] = {"qwen2_5_vl": Qwen25VL(), "text": Text()}
+CASES = [
+    *((family, name, "tp1") for family, case in FAMILIES.items() for name in case.names),
+    *(("qwen2_5_vl", name, layout) for name in ("gqa2_tied", "gqa4_untied") for layout in LAYOUTS if layout != "tp1"),
+    *(("text", name, layout) for name in Text.names for layout in ("tp2_sp", "pp2", "tp2_pp2")),
 ]
 CASES += [("qwen2_5_vl", "deep_tied", layout) for layout in DEEP_LAYOUTS]
 

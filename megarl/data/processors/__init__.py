@@ -7,13 +7,17 @@ from pathlib import Path
 from megarl.config import RunConfig
 from megarl.data.processors.base import Processor
 from megarl.data.processors.qwen_vl import QwenVLProcessor
+from megarl.data.processors.text import TextProcessor
 from megarl.utils import torchvision_cpu
 
 torchvision_cpu.install()
 
 from transformers import AutoConfig  # noqa: E402
 
-PROCESSORS: dict[str, type[Processor]] = {"qwen2_vl": QwenVLProcessor, "qwen2_5_vl": QwenVLProcessor}  # by model_type
+PROCESSORS: dict[str, type[Processor]] = {  # by model_type
+    **dict.fromkeys(("qwen2_vl", "qwen2_5_vl"), QwenVLProcessor),
+    **dict.fromkeys(("llama", "mistral", "qwen2", "qwen3"), TextProcessor),
+}
 
 
 def load_processor(hf_dir: str | Path, config: RunConfig | None = None) -> Processor:

@@ -50,7 +50,7 @@ class Processor(ABC):
         if template.is_file():
             self.tokenizer.chat_template = json.loads(template.read_text())["chat_template"]
         self.min_pixels, self.max_pixels, self.max_image_pixels = min_pixels, max_pixels, max_image_pixels
-        self.image_token_id: int = config.image_token_id
+        self.image_token_id: int = config.to_dict().get("image_token_id", -1)  # -1: no image can be shown
         self.eos_token_ids = self._eos_token_ids()
         self.banned_token_ids = self._banned_token_ids()
         self._cache: OrderedDict[bytes, torch.Tensor] = OrderedDict()

@@ -49,10 +49,12 @@ class Rotary(nn.Module):
 
     def __init__(self, text: PretrainedConfig, head_dim: int) -> None:
         super().__init__()
+        with torch.device("cpu"):  # also where a model is described on the meta device
+            frequencies = rotary_frequencies(text, head_dim)
+            axes = rotary_axes(text, len(frequencies))
         device = "cuda" if torch.cuda.is_available() else "cpu"
-        frequencies = rotary_frequencies(text, head_dim).to(device)
-        self.register_buffer("frequencies", frequencies, persistent=False)
-        self.register_buffer("axes", rotary_axes(text, len(frequencies)).to(device), persistent=False)
+        self.register_buffer("frequencies", frequencies.to(device), persistent=False)
+        self.register_buffer("axes", axes.to(device), persistent=False)
 
     def forward(self, position_ids: Tensor, *_: object, **__: object) -> Tensor:
         """position_ids [3 or 1, 1, T] -> angles [T, 1, 1, D] float32."""

@@ -6,7 +6,7 @@ the ``merge x merge`` patches that become one token lie side by side.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any
 
 import torch
@@ -24,6 +24,10 @@ class VisionInputs:
     grids: Tensor  # [I, 3] int64 (time or tiles, height, width) in patches
     sizes: Tensor  # [I, 2] int64 (height, width) in pixels as they were read
     index: Tensor  # [J] int64, the image that each of the J places shows
+
+    def to(self, device: torch.device) -> VisionInputs:
+        """The same on ``device``."""
+        return VisionInputs(*(getattr(self, field.name).to(device) for field in fields(self)))
 
 
 def patch_positions(grids: Tensor, merge: int) -> Tensor:

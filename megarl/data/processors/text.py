@@ -1,0 +1,29 @@
+"""Models that see no images: a chat template and a tokenizer."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import torch
+
+from megarl.data.processors.base import Processor
+from megarl.types import Media
+
+
+class TextProcessor(Processor):
+    """Refuses every image by name; position ids count the tokens."""
+
+    patch_dim = 0
+
+    def grid(self, height: int, width: int) -> tuple[int, int, int]:
+        raise ValueError(f"{self.config.model_type} models cannot be shown images")
+
+    def num_tokens(self, media: Media) -> np.ndarray:
+        return np.zeros(0, np.int64)
+
+    def patches(self, data: bytes) -> torch.Tensor:
+        raise ValueError(f"{self.config.model_type} models cannot be shown images")
+
+    def engine_inputs(self, media: Media) -> list[dict[str, Any]]:
+        raise ValueError(f"{self.config.model_type} models cannot be shown images")
