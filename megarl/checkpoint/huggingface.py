@@ -149,7 +149,8 @@ class HFReader:
 def check_keys(reader: HFReader, mappings: list[Mapping], *, tied: bool) -> list[str]:
     """Problems of a directory's key set against the mapping table: one line each for missing and unknown keys.
 
-    Buffers that the configuration determines are no problem. ``tied``: the configuration ties the output layer to the embedding, so a stored duplicate of it is no problem.
+    Buffers that the configuration determines are no problem; nor is, where ``tied`` says that the configuration ties
+    the output layer to the embedding, a stored duplicate of it.
     """
     expected = {name for mapping in mappings for name in mapping.hf}
     optional = {name for mapping in mappings for name in mapping.optional}
