@@ -109,6 +109,42 @@ def continue_at(reference: Reference, layout: tuple[int, int], path: str, num_st
     return [step(trainable, reference) for _ in range(num_steps)]
 
 
+def one_step(trainable, reference: Reference) -> dict:
+    """Loss and gradients of a step, and the parameters it leads to."""
+    from megatron.core import parallel_state as ps
+
+    from tests.checkpoint.training import step
+
+    loss = step(trainable, reference)
+    named = [(trainable.model.global_name(name), p) for name, p in trainable.model.named_parameters()]
+    return {
+        "tp": ps.get_tensor_model_parallel_rank(),
+        "loss": loss,
+        "gradients": {name: p.main_grad.clone() for name, p in named},
+        "updated": {name: p.detach().clone() for name, p in named},
+    }
+
+
+def save_and_go_on(reference: Reference, layout: tuple[int, int], directory: str) -> dict:
+    from megarl.checkpoint import megatron
+    from tests.checkpoint.training import build, run_config, step
+
+    t = build(run_config(reference.directory, layout))
+    for _ in range(2):
+        step(t, reference)
+    megatron.save(directory, 2, t.ddp, t.optimizer, t.scheduler, {}, t.config)
+    return one_step(t, reference)
+
+
+def load_and_go_on(reference: Reference, layout: tuple[int, int], path: str) -> dict:
+    from megarl.checkpoint import megatron
+    from tests.checkpoint.training import build, run_config
+
+    t = build(run_config(reference.directory, layout), weights=False, seed=5)
+    megatron.load(path, t.ddp, t.optimizer, t.scheduler)
+    return one_step(t, reference)
+
+
 def train_and_save(reference: Reference, layout: tuple[int, int], directory: str, num_steps: int) -> list[float]:
     from megarl.checkpoint import megatron
     from tests.checkpoint.training import build, run_config, step
@@ -129,6 +165,20 @@ def test_any_layout_continues_with_the_same_losses(pool, references, tmp_path, n
     for world_size, layout in ((1, (1, 1)), (2, (1, 2)), (2, (2, 1)), (2, (1, 1))):
         losses = pool.run(continue_at, world_size, reference, layout, str(latest(tmp_path)), 2)[0]
         assert losses == pytest.approx(expected[3:], rel=2e-5), layout
+
+
+def test_four_ranks_save_and_any_layout_takes_the_same_step(pool, references, tmp_path):
+    """As if it had not stopped: loss, gradients, and what the optimizer makes of them with the moments it was given."""
+    from tests.models.parity import assert_near, joined
+
+    reference = references("deep_tied")
+    expected = pool.run(save_and_go_on, 4, reference, (2, 2), str(tmp_path))
+    for world_size, layout in ((1, (1, 1)), (2, (2, 1)), (4, (4, 1)), (4, (1, 4))):
+        results = pool.run(load_and_go_on, world_size, reference, layout, str(latest(tmp_path)))
+        assert results[0]["loss"] == pytest.approx(expected[0]["loss"], rel=1e-5), layout
+        for key in ("gradients", "updated"):
+            theirs = joined(expected, key, reference.directory)
+            assert_near(joined(results, key, reference.directory), theirs, 1e-5)
 
 
 def write_and_die(reference: Reference, directory: str, victim: int) -> None:

@@ -12,13 +12,13 @@ from tests.models.reference import IMAGE, VIDEO, VISION_END, VISION_START, VOCAB
 from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration  # isort: skip  after torchvision_cpu
 
 # name -> what differs: heads, key-value groups, tied embeddings, windows in tokens, tower layers with full attention,
-# decoder layers
+# decoder layers, heads of the tower
 CONFIGS = {
     "gqa2_tied": {"heads": 4, "groups": 2, "tied": True, "window": 2, "full": [1]},
     "gqa4_untied": {"heads": 8, "groups": 2, "tied": False, "window": 3, "full": [0, 2]},
     "mha_untied_full": {"heads": 4, "groups": 4, "tied": False, "window": 2, "full": [0, 1, 2]},
     "mha_tied_windows": {"heads": 4, "groups": 4, "tied": True, "window": 4, "full": []},
-    "deep_tied": {"heads": 8, "groups": 4, "tied": True, "window": 2, "full": [1], "layers": 4},
+    "deep_tied": {"heads": 8, "groups": 4, "tied": True, "window": 2, "full": [1], "layers": 4, "vision_heads": 4},
 }
 
 
@@ -50,7 +50,7 @@ class Qwen25VL(Case):
                 "depth": 3,
                 "hidden_size": 16,
                 "intermediate_size": 20,
-                "num_heads": 2,
+                "num_heads": c.get("vision_heads", 2),
                 "patch_size": 4,
                 "window_size": 8 * c["window"],
                 "out_hidden_size": head * c["heads"],
