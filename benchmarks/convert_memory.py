@@ -61,13 +61,18 @@ def peak_bytes() -> int:
     return int(status["VmHWM"].split()[0]) << 10
 
 
+def forget_peak() -> int:
+    """Count the peak from now on; what is resident now."""
+    Path("/proc/self/clear_refs").write_text("5")
+    return peak_bytes()
+
+
 def measure(direction: str, source: str, target: str) -> dict[str, float]:
-    """Convert in this process: megabytes above those of the imports and of a first, tiny conversion, and seconds."""
+    """Convert in this process: megabytes above those of the imports and of an empty world, and seconds."""
     convert = {"hf_to_megatron": hf_to_megatron, "megatron_to_hf": megatron_to_hf}[direction]
     with single_process():
         pass
-    Path("/proc/self/clear_refs").write_text("5")
-    before, start = peak_bytes(), time.perf_counter()
+    before, start = forget_peak(), time.perf_counter()
     report = convert(source, target, logits=False)
     assert report["bit_exact"]
     seconds = time.perf_counter() - start

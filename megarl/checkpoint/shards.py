@@ -1,7 +1,7 @@
 """Safetensors files written tensor by tensor: none of them is ever held in memory.
 
 The format puts the list of tensors before their bytes. Room for the list is left at the beginning of the file and
-filled with spaces, which the format allows, when the file is complete.
+filled up with spaces, which the format allows.
 """
 
 from __future__ import annotations
@@ -57,12 +57,10 @@ class ShardWriter:
         self.num_bytes += tensor.nbytes
         self._file.write(tensor.view(-1).view(torch.uint8).numpy().data)
 
-    def names(self) -> list[str]:
-        """Of the tensors so far."""
-        return [name for name in self._list if name != "__metadata__"]
-
     def close(self) -> None:
         """Write the list of tensors."""
+        names = json.dumps(self._list).encode()
+        assert len(names) <= _ROOM
         self._file.seek(0)
-        self._file.write(struct.pack("<Q", _ROOM) + json.dumps(self._list).encode().ljust(_ROOM))
+        self._file.write(struct.pack("<Q", _ROOM) + names.ljust(_ROOM))
         self._file.close()

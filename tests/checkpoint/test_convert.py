@@ -16,6 +16,7 @@ from safetensors.torch import load_file, save_file
 from megarl.checkpoint.huggingface import HFReader
 from megarl.checkpoint.manifest import read_manifest
 from megarl.utils.checksum import tensor_checksum
+from tests.models.text import CONFIGS, Text
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -113,6 +114,85 @@ def test_rounding_on_the_way_back_is_not_called_exact(tmp_path):
     assert json.loads((tmp_path / "back" / "config.json").read_text())["dtype"] == "bfloat16"
 
 
+@pytest.mark.parametrize("name", CONFIGS)
+def test_decoders_without_a_tower(tmp_path, name):
+    from megarl.checkpoint.convert import hf_to_megatron, megatron_to_hf
+
+    Text().model(name).half().save_pretrained(tmp_path / "hf", max_shard_size="20KB")
+    assert len(list((tmp_path / "hf").glob("*.safetensors"))) > 2
+    there = hf_to_megatron(tmp_path / "hf", tmp_path / "megatron")
+    assert there["bit_exact"]
+    assert there["dtype"] == "float32"  # what holds float16 exactly
+    assert there["logits"]["max_abs_diff"] < 1e-5 * there["logits"]["largest_logit"]
+    back = megatron_to_hf(tmp_path / "megatron", tmp_path / "back", dtype="float16", logits=False)
+    assert back["bit_exact"]
+    assert back["logits"] == {"skipped": "not asked for"}
+    assert (there["sha256"], back["sha256"]) == (there["sha256_round_trip"],) * 2
+    assert checksums(tmp_path / "back") == checksums(tmp_path / "hf")
+
+
+def test_buffers_that_the_configuration_determines_are_no_weights(tmp_path):
+    from megarl.checkpoint.convert import hf_to_megatron, megatron_to_hf
+
+    Text().model("llama_gqa2_tied").save_pretrained(tmp_path / "hf")
+    tensors = load_file(tmp_path / "hf" / "model.safetensors")
+    buffers = {f"model.layers.{i}.self_attn.rotary_emb.inv_freq": torch.ones(8) for i in range(2)}
+    duplicate = {"lm_head.weight": tensors["model.embed_tokens.weight"].clone()}
+    save_file(tensors | buffers | duplicate, tmp_path / "hf" / "model.safetensors", metadata={"format": "pt"})
+    report = hf_to_megatron(tmp_path / "hf", tmp_path / "megatron")
+    assert report["bit_exact"]
+    assert report["keys"]["derived"] == sorted(buffers)
+    assert report["keys"]["tied_duplicates"] == {"lm_head.weight": {"of": "model.embed_tokens.weight", "equal": True}}
+    megatron_to_hf(tmp_path / "megatron", tmp_path / "back")
+    assert set(HFReader(tmp_path / "back").keys()) == set(tensors)
+
+
+def test_an_error_half_way_leaves_nothing(converted, tmp_path, monkeypatch):
+    from megarl.checkpoint import convert
+
+    def full(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(convert, "write_parity", full)
+    with pytest.raises(OSError, match="No space left"):
+        convert.hf_to_megatron(converted[0] / "hf", tmp_path / "megatron", logits=False)
+    with pytest.raises(OSError, match="No space left"):
+        convert.megatron_to_hf(converted[0] / "megatron", tmp_path / "back", logits=False)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_conversion_holds_a_few_parameters(tmp_path):
+    """Of 250 MB of weights, the largest of 17 MB."""
+    from megarl.checkpoint.convert import hf_to_megatron, megatron_to_hf
+
+    benchmark = runpy.run_path(str(ROOT / "benchmarks" / "convert_memory.py"))
+    benchmark["random_model"](tmp_path / "hf", 250)
+    for convert, source, target in ((hf_to_megatron, "hf", "megatron"), (megatron_to_hf, "megatron", "back")):
+        before = benchmark["forget_peak"]()
+        assert convert(tmp_path / source, tmp_path / target, logits=False)["bit_exact"]
+        assert benchmark["peak_bytes"]() - before < 180e6
+
+
+def save_shards(directory: str, path: str) -> None:
+    from megarl.checkpoint import megatron
+    from tests.checkpoint.training import build_model, run_config
+
+    config = run_config(directory, (2, 2), dtype="bfloat16")
+    megatron.save_to(path, 5, build_model(config)[0], None, None, {}, config).wait()
+
+
+def test_shards_of_four_ranks_become_whole_files(pool, converted, tmp_path):
+    from megarl.checkpoint.convert import megatron_to_hf
+
+    hf = converted[0] / "hf"
+    pool.run(save_shards, 4, str(hf), str(tmp_path / "saved"))
+    assert len(list((tmp_path / "saved" / "state").glob("*.distcp"))) == 4
+    report = megatron_to_hf(tmp_path / "saved", tmp_path / "back")
+    assert report["bit_exact"]
+    assert report["step"] == 5
+    assert checksums(tmp_path / "back") == checksums(hf)
+
+
 def run_tool(name: str, *arguments: object) -> int:
     argv, sys.argv = sys.argv, [name, *map(str, arguments)]
     try:
@@ -152,21 +232,37 @@ def test_tools_refuse_in_one_line(converted, tmp_path, capsys):
         error = capsys.readouterr().err
         assert message in error
         assert "Traceback" not in error
-    assert not out.exists()
+    assert not list(tmp_path.glob("*out*"))
 
 
 def test_inspect_prints_both_kinds(converted, capsys):
     root = converted[0]
     assert run_tool("inspect_checkpoint.py", root / "megatron") == 0
-    lines = capsys.readouterr().out
-    assert "step          0" in lines
-    assert "tensor_model_parallel_size=2, pipeline_model_parallel_size=2" in lines
-    assert "language_model.embedding.word_embeddings.weight  256x64  bfloat16" in lines
+    lines = {" ".join(line.split()) for line in capsys.readouterr().out.splitlines()}
+    assert "step 0" in lines
+    assert "contents model" in lines
+    assert "language_model.embedding.word_embeddings.weight 256 x 64 bfloat16 32.8 kB" in lines
+    (layout,) = (line for line in lines if line.startswith("layout"))
+    assert "tensor_model_parallel_size=2, pipeline_model_parallel_size=2" in layout
+    (certificate,) = (line for line in lines if line.startswith("certificate"))
+    assert "bit for bit; logits: differ by" in certificate
     assert run_tool("inspect_checkpoint.py", root / "hf") == 0
-    lines = capsys.readouterr().out
-    assert "architecture  Qwen2_5_VLForConditionalGeneration" in lines
-    assert "model.embed_tokens.weight  200x64  bfloat16" in lines
-    assert "69 tensors" in lines
+    lines = {" ".join(line.split()) for line in capsys.readouterr().out.splitlines()}
+    assert "architecture Qwen2_5_VLForConditionalGeneration" in lines
+    assert "conversion every tensor is known to the family qwen_vl" in lines
+    assert "model.embed_tokens.weight 200 x 64 bfloat16 25.6 kB" in lines
+    assert "model.layers.{0-1}.mlp.up_proj.weight 48 x 64 bfloat16 12.3 kB" in lines
+    (total,) = (line for line in lines if line.startswith("tensors"))
+    assert total.startswith("tensors 69: ")
+
+
+def test_inspect_tells_what_is_against_a_conversion(converted, tmp_path, capsys):
+    shutil.copytree(converted[0] / "hf", tmp_path / "hf")
+    tensors = load_file(tmp_path / "hf" / "model.safetensors")
+    tensors["score.weight"] = tensors.pop("model.norm.weight")
+    save_file(tensors, tmp_path / "hf" / "model.safetensors")
+    assert run_tool("inspect_checkpoint.py", tmp_path / "hf") == 0
+    assert "no: missing keys: model.norm.weight; unknown keys: score.weight" in capsys.readouterr().out
 
 
 def test_tool_runs_as_a_program(converted, tmp_path):

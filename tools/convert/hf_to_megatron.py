@@ -1,8 +1,9 @@
 """Convert a Hugging Face directory to a Megatron checkpoint.
 
-    python tools/convert/hf_to_megatron.py HF_DIR OUT_DIR [parallel.tensor_model_parallel_size=2 ...]
+    python tools/convert/hf_to_megatron.py HF_DIR OUT_DIR [--no-logits] [parallel.tensor_model_parallel_size=2 ...]
 
-OUT_DIR loads at any parallel layout; parity.json in it says how it compares with HF_DIR.
+OUT_DIR loads at any parallel layout; parity.json in it says how it compares with HF_DIR. One parameter at a time is in
+memory, but for the comparison of logits with transformers, which holds the whole model.
 """
 
 import argparse
@@ -16,10 +17,13 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("hf_dir", metavar="HF_DIR")
     parser.add_argument("out_dir", metavar="OUT_DIR")
-    parser.add_argument("overrides", metavar="key=value", nargs="*", help="parallel.* and model.* keys")
+    parser.add_argument("overrides", metavar="key=value", nargs="*", help="parallel.*, model.dtype=...")
+    parser.add_argument("--no-logits", action="store_true", help="compare tensors only")
     arguments = parser.parse_args()
     try:
-        report = hf_to_megatron(arguments.hf_dir, arguments.out_dir, arguments.overrides)
+        report = hf_to_megatron(
+            arguments.hf_dir, arguments.out_dir, arguments.overrides, logits=not arguments.no_logits
+        )
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

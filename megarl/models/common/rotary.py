@@ -22,7 +22,8 @@ def rotary_frequencies(text: PretrainedConfig, head_dim: int) -> Tensor:
         return 1.0 / parameters["rope_theta"] ** (torch.arange(0, channels, 2, dtype=torch.float32) / channels)
     if kind not in _SCALINGS:
         raise ValueError(f"rope_scaling.rope_type={kind!r} is not one of default, {', '.join(_SCALINGS)}")
-    frequencies, attention_scaling = ROPE_INIT_FUNCTIONS[kind](text, torch.device("cpu"))
+    with torch.device("cpu"):  # also where a model is described on the meta device
+        frequencies, attention_scaling = ROPE_INIT_FUNCTIONS[kind](text, torch.device("cpu"))
     assert attention_scaling == 1.0
     return frequencies
 
@@ -49,7 +50,7 @@ class Rotary(nn.Module):
 
     def __init__(self, text: PretrainedConfig, head_dim: int) -> None:
         super().__init__()
-        with torch.device("cpu"):  # also where a model is described on the meta device
+        with torch.device("cpu"):
             frequencies = rotary_frequencies(text, head_dim)
             axes = rotary_axes(text, len(frequencies))
         device = "cuda" if torch.cuda.is_available() else "cpu"
