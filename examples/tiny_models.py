@@ -145,6 +145,33 @@ def qwen2_5_vl(path: str | Path, seed: int = 0, num_hidden_layers: int = 3) -> N
     _write(Path(path), model, processor, Qwen2VLImageProcessorPil(**pixels))
 
 
+def qwen3(path: str | Path, seed: int = 0, num_hidden_layers: int = 3) -> None:
+    """Write a random Qwen3 (about 0.5 M parameters), which sees no images, to ``path``."""
+    words = tokenizer()
+    end, pad = words.eos_token_id, words.pad_token_id
+    config = transformers.Qwen3Config(
+        vocab_size=len(words),
+        hidden_size=128,
+        intermediate_size=256,
+        num_hidden_layers=num_hidden_layers,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=32,
+        max_position_embeddings=2048,
+        rope_parameters={"rope_type": "default", "rope_theta": 10000.0},
+        bos_token_id=None,
+        eos_token_id=end,
+        pad_token_id=pad,
+        tie_word_embeddings=True,
+        initializer_range=INIT_STD,
+    )
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        model = transformers.Qwen3ForCausalLM(config).float()
+    model.generation_config = transformers.GenerationConfig(eos_token_id=[end, pad], pad_token_id=pad)
+    _write(Path(path), model, words)
+
+
 def _write(path: Path, *parts: object) -> None:
     """Save ``parts`` into a folder beside ``path`` and rename it; leaves an existing ``path`` as it is."""
     path.parent.mkdir(parents=True, exist_ok=True)

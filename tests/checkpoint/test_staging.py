@@ -2,20 +2,17 @@
 
 from __future__ import annotations
 
-import os
+import multiprocessing
 import shutil
 import signal
-import subprocess
-import sys
 from collections import namedtuple
+from multiprocessing.connection import Connection
 from pathlib import Path
 
 import pytest
 
 from megarl.checkpoint.huggingface import CheckpointError
 from megarl.checkpoint.staging import staged
-
-ROOT = Path(__file__).resolve().parents[2]
 
 
 def write(directory: Path, *, fail: bool = False) -> None:
@@ -61,26 +58,26 @@ def test_too_little_space_is_said_before_anything_is_written(tmp_path, monkeypat
     assert list(tmp_path.iterdir()) == []
 
 
+def write_half(directory: Path, half: Connection) -> None:
+    with staged(directory, 1) as path:
+        path.mkdir()
+        (path / "half").write_text("x")
+        half.send(True)
+        signal.pause()
+
+
 def test_a_killed_writer_leaves_no_directory_and_the_next_cleans_up(tmp_path):
-    code = f"""
-import signal
-from megarl.checkpoint.staging import staged
-with staged({str(tmp_path / "out")!r}, 1) as path:
-    path.mkdir()
-    (path / "half").write_text("x")
-    print("half", flush=True)
-    signal.pause()
-"""
-    process = subprocess.Popen(
-        [sys.executable, "-W", "ignore", "-c", code], cwd=ROOT, stdout=subprocess.PIPE, text=True
-    )
+    fork = multiprocessing.get_context("fork")
+    ours, theirs = fork.Pipe()
+    process = fork.Process(target=write_half, args=(tmp_path / "out", theirs))
+    process.start()
     try:
-        assert process.stdout.readline() == "half\n"
+        assert ours.poll(60)
         with pytest.raises(CheckpointError, match="another process is writing it"):
             write(tmp_path / "out")
     finally:
-        os.kill(process.pid, signal.SIGKILL)
-        process.wait()
+        process.kill()
+        process.join()
     assert not (tmp_path / "out").exists()
     write(tmp_path / "out")
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
