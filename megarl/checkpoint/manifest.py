@@ -13,6 +13,7 @@ import logging
 import os
 import re
 import shutil
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -93,8 +94,18 @@ def read_manifest(path: str | Path) -> Manifest:
     return manifest
 
 
-def damaged_files(path: Path, manifest: Manifest, *, part: int = 0, num_parts: int = 1) -> list[str]:
-    """What is wrong with the files: missing, of another size or, for every ``num_parts``-th from ``part``, content."""
+def damaged_files(
+    path: Path,
+    manifest: Manifest,
+    *,
+    part: int = 0,
+    num_parts: int = 1,
+    checked: Callable[[int], object] = lambda num_bytes: None,
+) -> list[str]:
+    """What is wrong with the files: missing, of another size or, for every ``num_parts``-th from ``part``, content.
+
+    ``checked`` is told the size of each file.
+    """
     problems = []
     for i, (name, size) in enumerate(manifest.files.items()):
         file = path / name
@@ -104,6 +115,7 @@ def damaged_files(path: Path, manifest: Manifest, *, part: int = 0, num_parts: i
             problems.append(f"{name} has {file.stat().st_size} bytes, not {size}")
         elif i % num_parts == part and file_sha256(file) != manifest.sha256[name]:
             problems.append(f"{name} has other content than when it was saved")
+        checked(size)
     return problems
 
 

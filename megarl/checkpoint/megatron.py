@@ -52,6 +52,7 @@ from megarl.checkpoint.manifest import (
     write_manifest,
 )
 from megarl.checkpoint.optimizer_state import OPTIMIZER_FORMAT, padded_buckets
+from megarl.checkpoint.progress import progress
 from megarl.config import RunConfig, to_yaml
 
 __all__ = ["Handle", "complete", "latest", "load", "prune", "save", "save_to"]
@@ -286,7 +287,9 @@ def intact(path: Path) -> Manifest:
     ``CheckpointError`` on every rank when the checkpoint is not complete or a file is not what was saved.
     """
     manifest = read_manifest(path)
-    problems = damaged_files(path, manifest, part=dist.get_rank(), num_parts=dist.get_world_size())
+    with progress(sum(manifest.files.values()), f"checking {path}") as bar:
+        rank, size = dist.get_rank(), dist.get_world_size()
+        problems = damaged_files(path, manifest, part=rank, num_parts=size, checked=bar.update)
     if problems := _on_any_rank(problems):
         raise CheckpointError(f"{path}: damaged checkpoint: {listed(problems)}")
     return manifest
