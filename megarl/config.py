@@ -261,7 +261,7 @@ class TrainerConfig:
     num_steps: int = 100
     num_nodes: int = 1
     ranks_per_node: int = 0  # 0: as many as the model-parallel sizes need
-    max_tokens_per_microbatch: int = 8192
+    max_tokens_per_microbatch: int = 8192  # of a data-parallel rank: context-parallel ranks share them
     max_patches_per_microbatch: int = 65536
     share_prompts: bool = False  # compute a prompt once for all of its samples in a microbatch (sdpa attention)
     resume: str = "auto"  # auto: the newest complete checkpoint of run_dir | never | a checkpoint's path
@@ -339,6 +339,10 @@ class RunConfig:
                     "parallel.cp_comm_type=all_gather: Transformer Engine takes no packed sequences with it; "
                     "use p2p or a2a, or model.transformer_impl=local"
                 )
+            if backend == "varlen" and self.parallel.cp_comm_type == "p2p":
+                raise ValueError(
+                    "parallel.cp_comm_type=p2p: model.attention_backend=varlen has no ring; use all_gather or a2a"
+                )
         try:
             self.parallel.check_world(self.world_size)
         except ValueError as error:
@@ -352,6 +356,11 @@ class RunConfig:
     @property
     def data_parallel_size(self) -> int:
         return self.world_size // self.parallel.model_parallel_size
+
+    def data_parallel_rank(self, rank: int) -> int:
+        """Which of the data-parallel ranks a rank of the trainer belongs to: tensor first, then context, then data."""
+        shared = self.parallel.tensor_model_parallel_size * self.parallel.context_parallel_size
+        return rank // shared % self.data_parallel_size
 
 
 # What a user of verl types by habit; a tuple sets several keys.

@@ -37,6 +37,7 @@ SUMMARY_KEYS = [
     "model.path",
     "model.dtype",
     "parallel.tensor_model_parallel_size",
+    "parallel.context_parallel_size",
     "parallel.pipeline_model_parallel_size",
     "trainer.num_nodes",
     "data.prompts_per_step",

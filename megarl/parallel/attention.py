@@ -86,9 +86,14 @@ class PackedSequences(PackedSeqParams):
         return SequenceLayout(sequence_spans(self.cu_seqlens_q, self.parents), self.cu_seqlens_q.device)
 
     @cached_property
+    def places(self) -> Tensor:
+        """Places in the pack of the tokens of all ranks, laid end to end: [T] int64."""
+        return context.gathered_places(self.cu_seqlens_q, self.size)
+
+    @cached_property
     def order(self) -> Tensor:
-        """See ``gathered_order``."""
-        return context.gathered_order(self.cu_seqlens_q, self.size)
+        """The inverse of ``places``."""
+        return self.places.argsort()
 
     @cached_property
     def chunks(self) -> list[Span]:
@@ -280,7 +285,7 @@ class TorchAttention(MegatronModule):
         """Whole sequences attend to themselves in this rank's share of the heads (Ulysses, arXiv:2309.14509)."""
         query, key, value = (context.tokens_to_heads(t, self.cp_group)[packed.order] for t in (query, key, value))
         output = self._attend(query, key, value, packed, causal=True)
-        return context.heads_to_tokens(output[packed.order.argsort()], self.cp_group)
+        return context.heads_to_tokens(output[packed.places], self.cp_group)
 
     def _ring(self, query: Tensor, key: Tensor, value: Tensor, packed: PackedSequences) -> Tensor:
         """Keys and values go around the ranks, and every rank's queries meet them in turn."""

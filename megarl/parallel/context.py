@@ -31,9 +31,9 @@ def local_positions(cu_seqlens: Tensor, size: int, rank: int) -> Tensor:
     return starts[sequences] + within + shift
 
 
-def gathered_order(cu_seqlens: Tensor, size: int) -> Tensor:
-    """Of each token of the pack, the place among the tokens of all ranks laid end to end: [T] int64."""
-    return torch.cat([local_positions(cu_seqlens, size, rank) for rank in range(size)]).argsort()
+def gathered_places(cu_seqlens: Tensor, size: int) -> Tensor:
+    """``local_positions`` of all ranks, laid end to end: [T] int64."""
+    return torch.cat([local_positions(cu_seqlens, size, rank) for rank in range(size)])
 
 
 def check_chunks(lengths: list[int], size: int) -> None:

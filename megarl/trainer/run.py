@@ -151,7 +151,8 @@ class Run:
         workers.call("build", source, trainable=True, weights=resume is None)
         self.console.message(
             f"policy from {source} on {self.config.world_size} ranks: tensor {parallel.tensor_model_parallel_size} x "
-            f"pipeline {parallel.pipeline_model_parallel_size} x data {self.config.data_parallel_size}"
+            f"context {parallel.context_parallel_size} x data {self.config.data_parallel_size} x "
+            f"pipeline {parallel.pipeline_model_parallel_size}"
         )
         if resume is None:
             self.tracker.truncate(0)

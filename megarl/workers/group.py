@@ -45,12 +45,6 @@ class WorkerGroup:
     def data_parallel_size(self) -> int:
         return self.config.data_parallel_size
 
-    def data_parallel_rank(self, rank: int) -> int:
-        """See ``groups.initialize`` for the order of ranks."""
-        parallel = self.config.parallel
-        shared = parallel.tensor_model_parallel_size * parallel.context_parallel_size  # ranks that get the same bins
-        return rank // shared % self.data_parallel_size
-
     def exporters(self) -> list[list[ActorHandle]]:
         """The tensor-parallel groups that together hold one copy of the weights, by pipeline stage."""
         parallel = self.config.parallel
@@ -69,7 +63,7 @@ class WorkerGroup:
         refs = [ray.put(item) for item in per_data_parallel_rank]
         return self.gather(
             [
-                getattr(actor, method).remote(refs[self.data_parallel_rank(rank)], *args)
+                getattr(actor, method).remote(refs[self.config.data_parallel_rank(rank)], *args)
                 for rank, actor in enumerate(self.ranks)
             ]
         )
@@ -114,7 +108,7 @@ class WorkerGroup:
     def logprobs(self, bins: list[list[PackedBatch]], *, temperature: float, ban: bool) -> list[list[np.ndarray]]:
         """Log-probs of the actions of ``[data-parallel rank][microbatch]``, in the same order."""
         outputs = self.dispatch("logprobs", bins, temperature, ban)
-        speakers = {self.data_parallel_rank(rank): out for rank, out in enumerate(outputs) if out is not None}
+        speakers = {self.config.data_parallel_rank(rank): out for rank, out in enumerate(outputs) if out is not None}
         return [speakers[rank] for rank in range(self.data_parallel_size)]
 
     def shutdown(self) -> None:

@@ -69,7 +69,7 @@ def test_manifest_records_the_layout_that_was_asked_for(converted):
     assert (manifest.step, manifest.contents, manifest.dtype) == (0, ["model"], "bfloat16")
 
 
-def load_and_export(directory: str, path: str, layout: tuple[int, int]) -> dict[str, str]:
+def load_and_export(directory: str, path: str, layout: tuple[int, ...]) -> dict[str, str]:
     from megarl.checkpoint import megatron
     from megarl.checkpoint.export import export_to_rank_zero
     from tests.checkpoint.training import build_model, run_config

@@ -112,7 +112,7 @@ def test_reader_names_the_keys_of_a_missing_file(tmp_path):
         HFReader(directory)
 
 
-def load_and_export(directory: str, layout: tuple[int, int], bucket_bytes: int) -> dict:
+def load_and_export(directory: str, layout: tuple[int, ...], bucket_bytes: int) -> dict:
     from megarl.checkpoint.export import export_tensors, export_to_rank_zero
     from megarl.utils.checksum import tensor_checksum
     from tests.checkpoint.training import build_model, run_config
@@ -150,7 +150,7 @@ def test_load_then_export_is_the_identity(pool, models, layout, name, dtype):
     assert max(results[0]["buckets"]) <= max(8000, 3 * largest)
 
 
-def refused(directory: str, layout: tuple[int, int]) -> str:
+def refused(directory: str, layout: tuple[int, ...]) -> str:
     from megarl.checkpoint.huggingface import load_hf
     from tests.checkpoint.training import build_model, run_config
 

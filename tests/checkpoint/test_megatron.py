@@ -17,13 +17,16 @@ from megarl.checkpoint.manifest import MANIFEST_FILE, latest, prune, read_manife
 from tests.distributed import RankError
 from tests.models.reference import Reference
 
-# name -> ranks, (tensor, pipeline), arguments of training.build, fields of ModelConfig, of ParallelConfig
+# name -> ranks, (tensor, pipeline, context, virtual pipeline), arguments of training.build, fields of ModelConfig, of
+# ParallelConfig
 CASES = {
     "tp2_dp2_overlap": (4, (2, 1), {"overlap": True}, {}, {}),
     "tp2_pp2": (4, (2, 2), {}, {}, {}),
     "pp2_dp2_bf16": (4, (1, 2), {}, {"dtype": "bfloat16"}, {}),
     "tp2_whole_optimizer": (2, (2, 1), {}, {}, {"use_distributed_optimizer": False}),
     "pp2_frozen_decoder": (2, (1, 2), {}, {"freeze": ["decoder"]}, {}),
+    "tp2_cp2": (4, (2, 1, 2), {}, {}, {}),
+    "pp2_vpp2": (2, (1, 2, 1, 2), {}, {}, {}),
 }
 
 
@@ -82,7 +85,7 @@ def resumed(case: str, reference: Reference, path: str) -> tuple:
 @pytest.mark.parametrize("case", CASES)
 def test_resume_is_bit_equal(pool, references, tmp_path, case):
     world_size = CASES[case][0]
-    reference = references("gqa2_tied")
+    reference = references("deep_tied" if "vpp" in case else "gqa2_tied")
     without_stop = pool.run(straight, world_size, case, reference, str(tmp_path))
     path = latest(tmp_path)
     assert path == tmp_path / "step_000002"
@@ -99,7 +102,7 @@ def test_resume_is_bit_equal(pool, references, tmp_path, case):
     assert {"hf/config.json", "extra.json", "config.yaml", "state/.metadata"} <= set(manifest.files)
 
 
-def continue_at(reference: Reference, layout: tuple[int, int], path: str, num_steps: int) -> list[float]:
+def continue_at(reference: Reference, layout: tuple[int, ...], path: str, num_steps: int) -> list[float]:
     from megarl.checkpoint import megatron
     from tests.checkpoint.training import build, run_config, step
 
@@ -125,7 +128,7 @@ def one_step(trainable, reference: Reference) -> dict:
     }
 
 
-def save_and_go_on(reference: Reference, layout: tuple[int, int], directory: str) -> dict:
+def save_and_go_on(reference: Reference, layout: tuple[int, ...], directory: str) -> dict:
     from megarl.checkpoint import megatron
     from tests.checkpoint.training import build, run_config, step
 
@@ -136,7 +139,7 @@ def save_and_go_on(reference: Reference, layout: tuple[int, int], directory: str
     return one_step(t, reference)
 
 
-def load_and_go_on(reference: Reference, layout: tuple[int, int], path: str) -> dict:
+def load_and_go_on(reference: Reference, layout: tuple[int, ...], path: str) -> dict:
     from megarl.checkpoint import megatron
     from tests.checkpoint.training import build, run_config
 
@@ -145,7 +148,7 @@ def load_and_go_on(reference: Reference, layout: tuple[int, int], path: str) -> 
     return one_step(t, reference)
 
 
-def train_and_save(reference: Reference, layout: tuple[int, int], directory: str, num_steps: int) -> list[float]:
+def train_and_save(reference: Reference, layout: tuple[int, ...], directory: str, num_steps: int) -> list[float]:
     from megarl.checkpoint import megatron
     from tests.checkpoint.training import build, run_config, step
 
@@ -156,13 +159,21 @@ def train_and_save(reference: Reference, layout: tuple[int, int], directory: str
     return losses
 
 
-@pytest.mark.parametrize("name", ["gqa2_tied", "gqa4_untied"])
-def test_any_layout_continues_with_the_same_losses(pool, references, tmp_path, name):
+@pytest.mark.parametrize(
+    ("name", "saved", "loaded"),
+    [
+        ("gqa2_tied", (4, (2, 2)), [(1, (1, 1)), (2, (1, 2)), (2, (2, 1)), (2, (1, 1))]),
+        ("gqa4_untied", (4, (2, 2)), [(1, (1, 1)), (2, (1, 2)), (2, (2, 1)), (2, (1, 1))]),
+        ("deep_tied", (4, (2, 2)), [(2, (1, 1, 2)), (2, (1, 2, 1, 2))]),
+        ("deep_tied", (2, (1, 2, 1, 2)), [(1, (1, 1)), (4, (2, 1, 2))]),
+    ],
+)
+def test_any_layout_continues_with_the_same_losses(pool, references, tmp_path, name, saved, loaded):
     reference = references(name)
     expected = pool.run(continue_at, 1, reference, (1, 1), "", 5)[0]
-    first = pool.run(train_and_save, 4, reference, (2, 2), str(tmp_path), 3)[0]
+    first = pool.run(train_and_save, saved[0], reference, saved[1], str(tmp_path), 3)[0]
     assert first == pytest.approx(expected[:3], rel=1e-5)
-    for world_size, layout in ((1, (1, 1)), (2, (1, 2)), (2, (2, 1)), (2, (1, 1))):
+    for world_size, layout in loaded:
         losses = pool.run(continue_at, world_size, reference, layout, str(latest(tmp_path)), 2)[0]
         assert losses == pytest.approx(expected[3:], rel=2e-5), layout
 

@@ -14,21 +14,21 @@ from megatron.core import parallel_state as ps
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
 from megatron.core.optimizer import MegatronOptimizer, OptimizerConfig, get_megatron_optimizer
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
-from megatron.core.pipeline_parallel import get_forward_backward_func
 from megatron.core.tensor_parallel.random import get_cuda_rng_tracker
 from megatron.core.transformer.module import MegatronModule
 
 from megarl.checkpoint.huggingface import load_hf, read_config
 from megarl.config import ModelConfig, ParallelConfig, RunConfig
 from megarl.kernels.logprob import linear_logprob
-from megarl.models.family import family_of
+from megarl.models.common.interleaved import chunks_of
+from megarl.models.family import build_stage, family_of
 from megarl.models.mapping import Mapping
 from megarl.parallel import groups
+from megarl.parallel.pipeline import forward_backward
 from megarl.utils.checksum import tensor_checksum
+from tests.models.parity import MICROBATCHES, packed
 from tests.models.qwen_vl import Qwen25VL
-from tests.models.reference import BANNED, Batch, Reference, pack, trained
-
-MICROBATCHES = [[0], [1, 4, 2], [3], [5, 6]]
+from tests.models.reference import BANNED, Batch, Reference, trained
 
 
 @dataclass
@@ -36,9 +36,14 @@ class Trainable:
     config: RunConfig
     model: MegatronModule
     mappings: list[Mapping]
-    ddp: DistributedDataParallel
+    chunks: list[DistributedDataParallel]
     optimizer: MegatronOptimizer
     scheduler: OptimizerParamScheduler
+
+    @property
+    def ddp(self) -> MegatronModule:
+        """What a checkpoint is made of: wrapped, so that parameters still on their way are waited for."""
+        return self.chunks[0] if len(self.chunks) == 1 else self.model
 
 
 def tiny(name: str, directory: Path, dtype: torch.dtype = torch.float32) -> Reference:
@@ -49,9 +54,16 @@ def tiny(name: str, directory: Path, dtype: torch.dtype = torch.float32) -> Refe
     return Reference(str(directory), samples, [torch.ones(len(trained(s))) for s in samples])
 
 
-def run_config(directory: str | Path, layout: tuple[int, int], **model: object) -> RunConfig:
-    tp, pp = layout
-    parallel = ParallelConfig(tensor_model_parallel_size=tp, pipeline_model_parallel_size=pp, sequence_parallel=tp > 1)
+def run_config(directory: str | Path, layout: tuple[int, ...], **model: object) -> RunConfig:
+    """layout: tensor and pipeline parallel size, then context parallel and virtual pipeline size where they matter."""
+    tp, pp, cp, vpp = layout + (1, 1, 1, 0)[len(layout) :]
+    parallel = ParallelConfig(
+        tensor_model_parallel_size=tp,
+        pipeline_model_parallel_size=pp,
+        context_parallel_size=cp,
+        virtual_pipeline_model_parallel_size=vpp,
+        sequence_parallel=tp > 1,
+    )
     return RunConfig(model=ModelConfig(path=str(directory), **model), parallel=parallel)
 
 
@@ -59,10 +71,7 @@ def build_model(config: RunConfig, *, weights: bool = True, seed: int = 0) -> tu
     """Process groups and this rank's shard of the model; ``weights=False`` leaves random values."""
     groups.initialize(config.parallel, seed)
     hf = read_config(config.model.path)
-    family = family_of(hf)
-    first, last = ps.is_pipeline_first_stage(), ps.is_pipeline_last_stage()
-    model = family.build(hf, config.model, config.parallel, pre_process=first, post_process=last)
-    mappings = family.mappings(hf)
+    model, mappings = build_stage(hf, config.model, config.parallel), family_of(hf).mappings(hf)
     if weights:
         load_hf(model, mappings, config.model.path)
     return model, mappings
@@ -78,8 +87,8 @@ def build(config: RunConfig, *, weights: bool = True, seed: int = 0, overlap: bo
         overlap_grad_reduce=overlap,
         overlap_param_gather=overlap,
     )
-    ddp = DistributedDataParallel(model.config, ddp_config, model)
-    model.config.finalize_model_grads_func = finalize_model_grads
+    chunks = [DistributedDataParallel(chunk.config, ddp_config, chunk) for chunk in chunks_of(model)]
+    chunks[0].config.finalize_model_grads_func = finalize_model_grads
     optimizer_config = OptimizerConfig(
         optimizer="adam",
         lr=1e-2,
@@ -92,7 +101,7 @@ def build(config: RunConfig, *, weights: bool = True, seed: int = 0, overlap: bo
         params_dtype=torch.bfloat16 if bf16 else torch.float32,
         use_distributed_optimizer=sharded,
     )
-    optimizer = get_megatron_optimizer(optimizer_config, [ddp])
+    optimizer = get_megatron_optimizer(optimizer_config, chunks)
     scheduler = OptimizerParamScheduler(
         optimizer,
         init_lr=0.0,
@@ -106,7 +115,7 @@ def build(config: RunConfig, *, weights: bool = True, seed: int = 0, overlap: bo
         wd_incr_steps=0,
         wd_incr_style="constant",
     )
-    return Trainable(config, model, mappings, ddp, optimizer, scheduler)
+    return Trainable(config, model, mappings, chunks, optimizer, scheduler)
 
 
 def noise() -> float:
@@ -118,42 +127,36 @@ def noise() -> float:
 
 def step(trainable: Trainable, reference: Reference, *, noisy: bool = False) -> float:
     """One optimizer step on the whole batch; the mean loss, the same on every rank."""
-    model, tp = trainable.model, ps.get_tensor_model_parallel_world_size()
-    batches = [pack(reference, indices, multiple=tp) for indices in MICROBATCHES]
+    model = trainable.model
+    batches = packed(reference, MICROBATCHES, trainable.config.parallel)
     batches = batches[ps.get_data_parallel_rank() :: ps.get_data_parallel_world_size()]
     scale = torch.tensor(1.0 + 0.1 * noise() if noisy else 1.0)
     dist.broadcast(scale, src=0)  # ranks draw differently; they must train alike
     totals = torch.zeros(2)
 
     def loss(batch: Batch, hidden: torch.Tensor) -> tuple:
+        rows, targets, weights = batch.local(ps.get_context_parallel_world_size(), ps.get_context_parallel_rank())
         logprobs, _ = linear_logprob(
-            hidden[batch.rows],
+            hidden[rows],
             model.output_weight(),
-            batch.targets,
+            targets,
             temperature=1.0,
             banned_ids=BANNED,
             vocab_size=model.vocab_size,
             tp_group=ps.get_tensor_model_parallel_group(),
         )
-        value = (-logprobs * batch.weights).sum()
-        totals.add_(torch.stack([value.detach(), torch.tensor(float(len(batch.rows)))]))
-        return value * scale, torch.tensor(len(batch.rows), dtype=torch.int), {}
+        value = (-logprobs * weights).sum()
+        totals.add_(torch.stack([value.detach(), torch.tensor(float(len(rows)))]))
+        return value * scale, torch.tensor(len(rows), dtype=torch.int), {}
 
     def forward(iterator, model):
         batch = next(iterator)
         return model(*batch.forward), partial(loss, batch)
 
-    trainable.ddp.zero_grad_buffer()
+    for chunk in trainable.chunks:
+        chunk.zero_grad_buffer()
     trainable.optimizer.zero_grad()
-    get_forward_backward_func()(
-        forward_step_func=forward,
-        data_iterator=iter(batches),
-        model=trainable.ddp,
-        num_microbatches=len(batches),
-        seq_length=batches[0].forward[0].shape[1],
-        micro_batch_size=1,
-        forward_only=False,
-    )
+    forward_backward(forward, trainable.chunks, batches, train=True)
     trainable.optimizer.step()
     trainable.scheduler.step(increment=1)
     dist.all_reduce(totals)

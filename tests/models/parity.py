@@ -14,7 +14,7 @@ from megarl.kernels.logprob import linear_logprob
 from megarl.models.common.interleaved import chunks_of
 from megarl.models.family import build_stage, family_of
 from megarl.parallel import groups
-from megarl.parallel.context import gathered_order, local_positions
+from megarl.parallel.context import gathered_places
 from megarl.parallel.pipeline import forward_backward
 from tests.models.reference import BANNED, ENTROPY_COEF, TEMPERATURE, VOCAB, Batch, Reference, pack
 
@@ -100,23 +100,19 @@ def train(
     def loss(batch: Batch, hidden: torch.Tensor) -> tuple:
         weight = model.output_weight()
         logits.append((hidden @ weight.T).detach())
-        here = local_positions(batch.cu_seqlens, cp_size, cp_rank)
-        place = torch.full(batch.tokens.shape[1:], -1)
-        place[here] = torch.arange(len(here))
-        rows = place[batch.rows]
-        mine = rows >= 0
+        rows, targets, weights = batch.local(cp_size, cp_rank)
         logprobs, entropy = linear_logprob(
-            hidden[rows[mine]],
+            hidden[rows],
             weight,
-            batch.targets[mine],
+            targets,
             temperature=TEMPERATURE,
             banned_ids=BANNED,
             vocab_size=model.vocab_size,
             tp_group=ps.get_tensor_model_parallel_group(),
             chunk_size=7,
         )
-        value = (batch.weights[mine] * (-logprobs - ENTROPY_COEF * entropy)).sum()
-        return value, mine.sum().int(), {}
+        value = (weights * (-logprobs - ENTROPY_COEF * entropy)).sum()
+        return value, torch.tensor(len(rows), dtype=torch.int), {}
 
     def forward(iterator, model):
         batch = next(iterator)
@@ -177,7 +173,8 @@ def check_logits(results: list[dict], ref: Reference, microbatches: list[list[in
             ranks.sort(key=lambda r: r["tp"])
             parts.append(torch.cat([r["logits"][number // dp_size] for r in ranks], dim=1)[:, :VOCAB])
         # padding of the bin lies behind, and the ranks' parts of the sequences before it
-        logits = torch.cat([part[: int(starts[-1]) // cp_size] for part in parts])[gathered_order(starts, cp_size)]
+        order = gathered_places(starts, cp_size).argsort()
+        logits = torch.cat([part[: len(order) // cp_size] for part in parts])[order]
         logits = torch.cat([logits[s : s + n] for s, n in zip(starts[:-1].tolist(), lengths, strict=True)])
         expected = torch.cat([ref.logits[i] for i in indices])
         difference = float((logits - expected).norm() / expected.norm())

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from megarl.models.common.vision import VisionInputs
 from megarl.models.family import family_of
+from megarl.parallel.context import local_positions
 from megarl.utils import torchvision_cpu
 
 torchvision_cpu.install()
@@ -52,6 +53,14 @@ class Batch:
     @property
     def forward(self) -> tuple:
         return self.tokens, self.position_ids, self.cu_seqlens, self.vision
+
+    def local(self, cp_size: int, cp_rank: int) -> tuple[Tensor, Tensor, Tensor]:
+        """``rows`` among the tokens of a context-parallel rank, their targets and weights."""
+        here = local_positions(self.cu_seqlens, cp_size, cp_rank)
+        place = torch.full(self.tokens.shape[1:], -1)
+        place[here] = torch.arange(len(here))
+        mine = place[self.rows] >= 0
+        return place[self.rows][mine], self.targets[mine], self.weights[mine]
 
 
 class Case(ABC):

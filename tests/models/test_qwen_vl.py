@@ -104,11 +104,40 @@ def test_bfloat16_stays_near_float32(pool, references):
     assert difference <= 0.05 * sum(float(g.norm() ** 2) for g in ref.gradients.values()) ** 0.5
 
 
+PP2, VPP = {"pipeline_model_parallel_size": 2}, "virtual_pipeline_model_parallel_size"
+
+
 @pytest.mark.parametrize(
     ("model", "parallel", "error", "message"),
     [
         ({}, {"tensor_model_parallel_size": 4}, ValueError, "num_key_value_heads=2 cannot be divided by parallel.tens"),
         ({}, {"pipeline_model_parallel_size": 4}, ValueError, "num_hidden_layers=2 cannot be divided by parallel.pi"),
+        (
+            {},
+            {**PP2, VPP: 2},
+            ValueError,
+            "x parallel.virtual_pipeline_model_parallel_size=4; parallel.pi",
+        ),
+        (
+            {},
+            {**PP2, "pipeline_layout": [1, 2]},
+            ValueError,
+            "holds 3 layers, the model has num_hidden_layers=2",
+        ),
+        (
+            {},
+            {"context_parallel_size": 4, "cp_comm_type": "a2a"},
+            ValueError,
+            "num_key_value_heads=2 cannot be divided by parallel.tensor_model_parallel_size x parallel.contex",
+        ),
+        ({}, {"expert_model_parallel_size": 2}, ValueError, "expert_model_parallel_size=2: this model has no experts"),
+        ({"megatron": {"context_parallel_size": 2}}, {}, ValueError, "say it with parallel.context_parallel_size"),
+        (
+            {"megatron": {"batch_p2p_comm": True}},
+            {**PP2, VPP: 2, "pipeline_layout": [0, 1, 0, 1]},
+            ValueError,
+            "model.megatron.batch_p2p_comm=True",
+        ),
         ({"megatron": {"layernorm_epsilom": 1}}, {}, ValueError, "did you mean model.megatron.layernorm_epsilon?"),
         ({"attention_backend": "varlen"}, {}, ValueError, "model.attention_backend=varlen needs CUDA"),
         ({"transformer_impl": "transformer_engine"}, {}, ImportError, "needs the package transformer-engine"),

@@ -4,6 +4,7 @@ import dataclasses
 
 import numpy as np
 import pytest
+import torch
 
 from megarl.config import (
     AlgorithmConfig,
@@ -34,14 +35,20 @@ LAYOUTS = {
 }
 
 
-def config_of(path, parallel, world_size, share_prompts):
+def sequence_ratio(actions, config):
+    """A loss of whole sequences, as GSPO (arXiv:2507.18071) has it, without clipping."""
+    ratio = actions.sum_by_sequence(actions.log_ratio) / actions.sum_by_sequence(torch.ones_like(actions.logprobs))
+    return -actions.advantages * ratio[actions.sequence_ids].exp(), {}
+
+
+def config_of(path, parallel, world_size, share_prompts, policy_loss="ppo_clip"):
     return RunConfig(
         model=ModelConfig(path=str(path)),
         parallel=parallel,
         optimizer=OptimizerConfig(lr=1e-3),
         data=DataConfig(prompts_per_step=3),
         tasks={"digits": TaskConfig(path="megarl.tasks.digits:Digits", kwargs={"order": "random"})},
-        algorithm=AlgorithmConfig(kl_coef=0.1, entropy_coef=0.01, num_minibatches=2),
+        algorithm=AlgorithmConfig(policy_loss=policy_loss, kl_coef=0.1, entropy_coef=0.01, num_minibatches=2),
         trainer=TrainerConfig(ranks_per_node=world_size, max_tokens_per_microbatch=128, share_prompts=share_prompts),
     )
 
@@ -58,7 +65,7 @@ def samples_of(config, processor):
             prompt = Prompt(prompt.id, "digits", [{"role": "user", "content": f"What is the sum of {group}, 1?"}])
         encoded = processor.encode(prompt)
         for _ in range(3):
-            response = random.integers(0, 256, random.integers(2, 9))
+            response = random.integers(0, 256, random.integers(2, 40))  # on several ranks, where they share it
             tokens = np.concatenate([encoded.tokens, response]).astype(np.int32)
             mask = np.arange(len(tokens)) >= len(encoded.tokens)
             samples.append(
@@ -75,23 +82,26 @@ def samples_of(config, processor):
     return samples
 
 
-def train_once(path, parallel, world_size, share_prompts):
+def train_once(path, parallel, world_size, share_prompts, policy_loss):
     """On a rank: load, score, train, export; the totals of ranks that speak and the weights of rank 0."""
     import torch.distributed as dist
     from megatron.core import parallel_state as ps
 
+    from megarl.algorithms.policy_losses import POLICY_LOSSES
     from megarl.algorithms.weights import compute_loss_weights
     from megarl.checkpoint.export import export_to_rank_zero
     from megarl.data.packing import Packing, pack_bins
     from megarl.workers.policy import PolicyWorker
 
-    config = config_of(path, parallel, world_size, share_prompts)
+    POLICY_LOSSES.setdefault("sequence_ratio", sequence_ratio)
+    config = config_of(path, parallel, world_size, share_prompts, policy_loss)
     worker = PolicyWorker(config, dist.get_rank())
     worker.prepare()
     worker.build(str(path), trainable=True)
     packing = Packing.of(config, worker.processor)
     samples = samples_of(config, worker.processor)
-    size, rank = config.data_parallel_size, ps.get_data_parallel_rank()
+    size, rank = config.data_parallel_size, config.data_parallel_rank(dist.get_rank())
+    assert rank == ps.get_data_parallel_rank()
     minibatches = []
     for part in (samples[:6], samples[6:]):
         for sample, weights in zip(part, compute_loss_weights(part, config.algorithm), strict=True):
@@ -143,11 +153,11 @@ def one_rank(model, pool):
     return run(model, pool, "one rank")
 
 
-def run(model, pool, layout, share_prompts=False):
+def run(model, pool, layout, share_prompts=False, policy_loss="ppo_clip"):
     from megarl.workers.group import merge
 
     world_size, parallel = LAYOUTS[layout]
-    results = pool.run(train_once, world_size, model, parallel, world_size, share_prompts)
+    results = pool.run(train_once, world_size, model, parallel, world_size, share_prompts, policy_loss)
     return merge([totals for totals, _ in results if totals is not None]), results[0][1]
 
 
@@ -178,6 +188,11 @@ def test_scores_are_whole_and_weights_leave_as_they_came(model, pool, layout):
     (logprobs,) = (outputs for outputs, _, _ in results if outputs is not None)
     np.testing.assert_allclose(logprobs, expected, rtol=1e-4, atol=1e-5)
     assert results[0][1:] == (count, [])
+
+
+def test_a_loss_of_whole_sequences_may_be_shared_by_ranks(model, pool):
+    shared, whole = (run(model, pool, layout, policy_loss="sequence_ratio") for layout in ("cp2", "one rank"))
+    assert_same_step(shared, whole)
 
 
 def assert_same_step(result, one_rank, tolerance=1e-4):

@@ -86,6 +86,10 @@ def _validate_layout(text: PretrainedConfig, parallel: ParallelConfig) -> None:
             check_divisible({"num_hidden_layers": layers}, key, parallel.num_pipeline_chunks)
         except ValueError as error:
             raise ValueError(f"{error}; parallel.pipeline_layout says how many layers each stage gets") from error
+    if parallel.expert_model_parallel_size > 1:
+        raise ValueError(
+            f"parallel.expert_model_parallel_size={parallel.expert_model_parallel_size}: this model has no experts"
+        )
     if parallel.cp_comm_type == "a2a" and parallel.context_parallel_size > 1:
         check_divisible(
             {name: getattr(text, name) for name in ("num_attention_heads", "num_key_value_heads")},

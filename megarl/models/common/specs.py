@@ -13,6 +13,7 @@ from megatron.core.transformer.mlp import MLPSubmodules
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
 from megatron.core.transformer.transformer_config import TransformerConfig
+from megatron.core.utils import is_te_min_version
 
 from megarl.config import ModelConfig
 from megarl.parallel.attention import LayerNorm, PackedSelfAttention, RMSNorm, TorchAttention
@@ -48,6 +49,8 @@ def layer_spec(model: ModelConfig, config: TransformerConfig, *, causal: bool = 
         require_transformer_engine()
         from megarl.parallel.te_attention import PackedTEAttention  # needs Transformer Engine
 
+        if config.context_parallel_size > 1 and config.cp_comm_type == "a2a" and not is_te_min_version("2.10.0"):
+            raise ImportError("parallel.cp_comm_type=a2a of packed sequences needs transformer-engine>=2.10")
         spec = get_gpt_layer_with_transformer_engine_spec(qk_layernorm=config.qk_layernorm)
         spec.submodules.self_attention.submodules.core_attention = PackedTEAttention
     else:
