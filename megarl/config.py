@@ -81,6 +81,7 @@ class ParallelConfig:
     expert_model_parallel_size: int = 1
     sequence_parallel: bool = False
     use_distributed_optimizer: bool = True  # shard the optimizer's state over data-parallel ranks
+    balance_vision: bool = True  # data- and context-parallel ranks share the images of a microbatch by their cost
 
     def __post_init__(self) -> None:
         _check_positive("parallel", self, "tensor_model_parallel_size", "pipeline_model_parallel_size")

@@ -116,6 +116,26 @@ class Sample(Trajectory):
 
 
 @dataclass
+class Exchange:
+    """How tokens of images get from the G ranks that encode a microbatch's images to those that show them."""
+
+    sends: np.ndarray  # [M] int64, images encoded here whose tokens leave, by the rank that they go to; also to itself
+    send_tokens: np.ndarray  # [G] int64, tokens to each rank
+    receive_tokens: np.ndarray  # [G] int64, tokens from each rank
+    lengths: np.ndarray  # [R] int64, tokens of each image that arrives, by the rank that it comes from
+
+
+@dataclass
+class VisionShare:
+    """What one rank does about the images of a microbatch; ``data.sharing`` plans it for all ranks together."""
+
+    media: Media  # the I images that it encodes, each once
+    index: np.ndarray  # [J] int64, which of the R images that arrive (without an exchange: of media) each place shows
+    exchange: Exchange | None  # None: every rank shows what it encodes
+    cost: float  # of encoding ``media``
+
+
+@dataclass
 class PackedBatch:
     """One microbatch of a data-parallel rank: sequences laid end to end, labels already shifted.
 
@@ -136,7 +156,7 @@ class PackedBatch:
     loss_weights: np.ndarray  # [T] float32, 0 on prompts, tools and padding
     advantages: np.ndarray  # [T] float32
     rollout_logprobs: np.ndarray  # [T] float32
-    media: Media  # of the S sequences, concatenated
+    vision: list[VisionShare | None]  # by context-parallel rank; None: no rank shows an image
 
     @property
     def num_actions(self) -> int:

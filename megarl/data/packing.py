@@ -9,12 +9,13 @@ import bisect
 import itertools
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
 from megarl.config import ParallelConfig, RunConfig
 from megarl.data.processors import Processor
+from megarl.data.sharing import Encoding, share_images
 from megarl.types import Media, PackedBatch, Sample
 
 PositionIds = Callable[[np.ndarray, Media], np.ndarray]  # tokens [L] -> [3 or 1, L]
@@ -28,6 +29,7 @@ class Packing:
     max_patches: int
     multiple: int  # a bin's length is padded to it, so that ranks can split it
     position_ids: PositionIds
+    encoding: Encoding
     pad_token_id: int = 0
     share_prompts: bool = False  # lay out a prompt once for all of its samples in a bin
     sequence_multiple: int = 1  # each sequence's length is padded to it, so that context parallelism can cut it
@@ -45,6 +47,13 @@ class Packing:
             sequence_multiple=sequence_multiple,
             num_bins_multiple=parallel.pipeline_model_parallel_size if parallel.interleaved else 1,
             position_ids=processor.position_ids,
+            encoding=Encoding(
+                num_tokens=processor.num_tokens,
+                cost=processor.encoding_cost,
+                max_patches=config.trainer.max_patches_per_microbatch,
+                context_parallel_size=parallel.context_parallel_size,
+                balance=parallel.balance_vision,
+            ),
             pad_token_id=processor.eos_token_ids[0],
             share_prompts=config.trainer.share_prompts,
         )
@@ -102,7 +111,19 @@ def _segments(samples: Sequence[Sample], share_prompts: bool) -> list[_Segment]:
 
 
 def pack(samples: Sequence[Sample], packing: Packing) -> PackedBatch:
-    """Lay ``samples`` end to end; none of them gives a bin of padding that weighs nothing."""
+    """``samples`` laid end to end, for a single data-parallel rank."""
+    return pack_microbatch([samples], packing)[0]
+
+
+def pack_microbatch(bins: Sequence[Sequence[Sample]], packing: Packing) -> list[PackedBatch]:
+    """The bin of each data-parallel rank, laid out, with its share of the images of all bins."""
+    laid_out = [_lay_out(samples, packing) for samples in bins]
+    shares = share_images([media for _, media in laid_out], packing.encoding)
+    return [replace(batch, vision=vision) for (batch, _), vision in zip(laid_out, shares, strict=True)]
+
+
+def _lay_out(samples: Sequence[Sample], packing: Packing) -> tuple[PackedBatch, Media]:
+    """``samples`` end to end, and the images they show; none of them gives a bin of padding that weighs nothing."""
     segments, parts = _segments(samples, packing.share_prompts), []
     positions: dict[int, np.ndarray] = {}  # by sample
     for index, segment in enumerate(segments):
@@ -134,7 +155,7 @@ def pack(samples: Sequence[Sample], packing: Packing) -> PackedBatch:
         parents.append(-1)
         lengths.append(0)
     tokens, labels, sequence_ids, loss_weights, advantages, rollout_logprobs, position_ids = _join(parts)
-    return PackedBatch(
+    batch = PackedBatch(
         tokens=tokens,
         labels=labels,
         position_ids=position_ids,
@@ -145,8 +166,9 @@ def pack(samples: Sequence[Sample], packing: Packing) -> PackedBatch:
         loss_weights=loss_weights,
         advantages=advantages,
         rollout_logprobs=rollout_logprobs,
-        media=Media.concatenate([segment.media for segment in segments]),
+        vision=[],
     )
+    return batch, Media.concatenate([segment.media for segment in segments])
 
 
 _Streams = tuple[np.ndarray, ...]  # tokens, labels, sequence ids, weights, advantages, log-probs, position ids
@@ -165,16 +187,26 @@ def _padding(length: int, index: int, packing: Packing) -> _Streams:
 
 def pack_bins(samples: Sequence[Sample], packing: Packing, data_parallel_size: int) -> list[list[PackedBatch]]:
     """``[data_parallel_size][num_microbatches]`` of ``samples``."""
-    bins = assign_to_bins(samples, packing, data_parallel_size)
-    return [[pack([samples[i] for i in indices], packing) for indices in rank] for rank in bins]
+    return pack_assigned(samples, assign_to_bins(samples, packing, data_parallel_size), packing)
+
+
+def pack_assigned(
+    samples: Sequence[Sample], bins: Sequence[Sequence[Sequence[int]]], packing: Packing
+) -> list[list[PackedBatch]]:
+    """``bins`` of ``assign_to_bins``, laid out."""
+    rounds = [
+        pack_microbatch([[samples[i] for i in indices] for indices in microbatch], packing)
+        for microbatch in zip(*bins, strict=True)
+    ]
+    return [list(rank) for rank in zip(*rounds, strict=True)]
 
 
 def assign_to_bins(samples: Sequence[Sample], packing: Packing, data_parallel_size: int) -> list[list[list[int]]]:
     """Deal sample indices to ``[data_parallel_size][num_microbatches]`` bins, as evenly as it goes.
 
     Every rank gets the same number of bins, a multiple of ``packing.num_bins_multiple``, some of them possibly empty. A
-    group stays together where it can, since a bin runs the vision tower once for each distinct image. The fullest bin
-    is as small as that order allows.
+    group stays in one microbatch where it can, which encodes its images once, or even in one bin when every rank
+    encodes what it shows. The fullest bin is as small as that order allows.
     """
     lengths = [packing.length(sample) for sample in samples]
     max_tokens = packing.max_tokens // packing.multiple * packing.multiple
@@ -195,13 +227,18 @@ def assign_to_bins(samples: Sequence[Sample], packing: Packing, data_parallel_si
     return [bins[rank::data_parallel_size] for rank in range(data_parallel_size)]
 
 
+def _patches(sample: Sample) -> dict[bytes, int]:
+    """By image."""
+    grids = sample.media.grids.prod(axis=1).tolist()
+    return dict(zip(sample.media.images, grids, strict=True))
+
+
 def _fill(samples: Sequence[Sample], order: list[int], packing: Packing, max_tokens: int) -> list[list[int]]:
     """Bins of at most ``max_tokens`` and ``packing.max_patches``, filled one after the other in ``order``."""
     bins: list[list[int]] = []
     load, patches, previous = 0, {}, None
     for i in order:
-        media, length = samples[i].media, packing.length(samples[i], previous)
-        shown = {image: grid.prod() for image, grid in zip(media.images, media.grids, strict=True)}
+        length, shown = packing.length(samples[i], previous), _patches(samples[i])
         if not bins or load + length > max_tokens or sum((patches | shown).values()) > packing.max_patches:
             bins.append([])
             load, patches, length = 0, {}, packing.length(samples[i])

@@ -14,7 +14,7 @@ from tqdm import tqdm
 
 from megarl.config import DataConfig, RunConfig
 from megarl.data.datasets import Row, read_rows
-from megarl.data.packing import Packing, assign_to_bins, pack
+from megarl.data.packing import Packing, assign_to_bins, pack_assigned
 from megarl.data.processors import Processor, load_processor
 from megarl.types import Sample
 from megarl.workers.group import WorkerGroup
@@ -93,7 +93,7 @@ def score(
 ) -> list[np.ndarray]:
     """Log-probs of the actions of each sample, in the order of ``samples``."""
     bins = assign_to_bins(samples, packing, workers.data_parallel_size)
-    packed = [[pack([samples[i] for i in indices], packing) for indices in rank] for rank in bins]
+    packed = pack_assigned(samples, bins, packing)
     results: dict[int, np.ndarray] = {}
     for rank, outputs in zip(bins, workers.logprobs(packed, temperature=temperature, ban=ban), strict=True):
         for indices, values in zip(rank, outputs, strict=True):

@@ -13,6 +13,7 @@ from megarl.algorithms.weights import compute_loss_weights
 from megarl.config import RunConfig
 from megarl.data.packing import Packing, pack_bins
 from megarl.data.processors import load_processor
+from megarl.data.sharing import balance_metrics
 from megarl.eval.generate import SEED_STRIDE, generate_rewarded
 from megarl.eval.loop import Evaluation
 from megarl.rewards.runner import RewardRunner
@@ -70,9 +71,10 @@ class RLTrainer:
                 prompts = self.source.next(self.config.data.prompts_per_step)
                 samples = self.generate(prompts, step)
                 metrics = self.weigh(samples)
-                self.workers.load(self.pack(samples))
+                minibatches = self.pack(samples)
+                self.workers.load(minibatches)
                 self.workers.score()
-                metrics |= self.workers.train()
+                metrics |= balance_metrics(minibatches) | self.workers.train()
                 self.step, self.state = step, {"source": self.source.state_dict()}
                 with self.run.timer("update_weights"):
                     metrics |= self.push(must_change=metrics["actor/grad_norm"] * metrics["actor/lr"] > 0)

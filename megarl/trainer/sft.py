@@ -10,6 +10,7 @@ from megarl.algorithms.weights import compute_loss_weights
 from megarl.config import RunConfig
 from megarl.data.packing import Packing, pack_bins
 from megarl.data.processors import load_processor
+from megarl.data.sharing import balance_metrics
 from megarl.tasks.task import build_tasks
 from megarl.trainer.callbacks import Callback, Evaluate, Report, Save
 from megarl.trainer.run import Run, prompt_source
@@ -54,8 +55,9 @@ class SFTTrainer:
                 break
             with self.run.timer("step"):
                 samples = [self.sample(p) for p in self.source.next(self.config.data.prompts_per_step)]
-                self.workers.load([self.pack(samples)])
-                metrics = self.workers.train()
+                bins = self.pack(samples)
+                self.workers.load([bins])
+                metrics = balance_metrics([bins]) | self.workers.train()
             metrics["train/loss"] = metrics.pop("actor/pg_loss")
             metrics["perf/total_num_tokens"] = float(sum(len(s.tokens) for s in samples))
             self.step, self.state = step, {"source": self.source.state_dict()}

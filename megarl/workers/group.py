@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -13,7 +15,7 @@ from ray.actor import ActorHandle
 from ray.exceptions import RayActorError, RayTaskError
 
 from megarl.config import RunConfig
-from megarl.types import PackedBatch
+from megarl.types import PackedBatch, VisionShare
 from megarl.utils.errors import RunFailure
 from megarl.utils.network import free_port
 from megarl.workers.policy import PolicyWorker, Totals
@@ -24,10 +26,16 @@ class WorkerError(RunFailure):
 
 
 class _RankActor(PolicyWorker):
-    """What Ray adds to a rank: where it runs."""
+    """What Ray adds to a rank: where it runs, and how bins reach it."""
 
     def address(self) -> tuple[str, int]:
         return ray.util.get_node_ip_address(), free_port()
+
+    def with_share(self, method: str, bins: Any, shares: Any, *args: Any) -> Any:
+        """``method`` with ``bins`` made whole: their images travel by themselves, and not past the first stage."""
+        if shares is not None:
+            bins = _each(lambda batch, vision: replace(batch, vision=vision), bins, shares)
+        return getattr(self, method)(bins, *args)
 
 
 class WorkerGroup:
@@ -58,15 +66,28 @@ class WorkerGroup:
         """
         return self.gather([getattr(rank, method).remote(*args, **kwargs) for rank in self.ranks])
 
-    def dispatch(self, method: str, per_data_parallel_rank: Sequence[Any], *args: Any) -> list[Any]:
-        """``method`` on every rank with the entry of its data-parallel rank, put into the object store once."""
-        refs = [ray.put(item) for item in per_data_parallel_rank]
-        return self.gather(
-            [
-                getattr(actor, method).remote(refs[self.config.data_parallel_rank(rank)], *args)
-                for rank, actor in enumerate(self.ranks)
-            ]
-        )
+    def dispatch(self, method: str, bins: Sequence[Any], *args: Any) -> list[Any]:
+        """``method`` on every rank with the bins of its data-parallel rank: nested lists of ``PackedBatch`` for each.
+
+        Streams and images are put into the object store once, images for the rank that encodes them only.
+        """
+        streams = [ray.put(_each(streams_of, item)) for item in bins]
+        shares: dict[tuple[int, int], ray.ObjectRef] = {}
+        calls = []
+        for rank, actor in enumerate(self.ranks):
+            data, context = self.config.data_parallel_rank(rank), self.encoder(rank)
+            if context is not None and (data, context) not in shares:
+                shares[data, context] = ray.put(_each(partial(share_of, context_parallel_rank=context), bins[data]))
+            share = None if context is None else shares[data, context]
+            calls.append(actor.with_share.remote(method, streams[data], share, *args))
+        return self.gather(calls)
+
+    def encoder(self, rank: int) -> int | None:
+        """The context-parallel rank of a rank with a vision tower, which the first stage has."""
+        parallel = self.config.parallel
+        if rank >= len(self.ranks) // parallel.pipeline_model_parallel_size:
+            return None
+        return rank // parallel.tensor_model_parallel_size % parallel.context_parallel_size
 
     def gather(self, refs: list[ray.ObjectRef]) -> list[Any]:
         """The results of ``refs``, one a rank. The first failure wins: the other ranks then wait in a collective."""
@@ -115,6 +136,23 @@ class WorkerGroup:
         """End the ranks."""
         for rank in self.ranks:
             ray.kill(rank)
+
+
+def streams_of(batch: PackedBatch) -> PackedBatch:
+    """``batch`` without images."""
+    return replace(batch, vision=[])
+
+
+def share_of(batch: PackedBatch, *, context_parallel_rank: int) -> list[VisionShare | None]:
+    """``batch.vision`` without the images that other ranks encode."""
+    return [share if rank == context_parallel_rank else None for rank, share in enumerate(batch.vision)]
+
+
+def _each(function: Callable[..., Any], bins: Any, *others: Any) -> Any:
+    """``function`` of each ``PackedBatch`` in nested lists, and of what lies at its place in ``others``."""
+    if isinstance(bins, PackedBatch):
+        return function(bins, *others)
+    return [_each(function, *items) for items in zip(bins, *others, strict=True)]
 
 
 def merge(totals: list[Totals]) -> dict[str, float]:

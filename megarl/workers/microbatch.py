@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 from torch import Tensor
+from torch.distributed import ProcessGroup
 
 from megarl.models.common.vision import VisionInputs
 from megarl.parallel.context import local_positions
@@ -22,7 +23,7 @@ class MicroBatch:
     position_ids: Tensor  # [3 or 1, 1, T] int64
     cu_seqlens: Tensor  # [S + 1] int32
     parents: Tensor | None  # [S] int32, see PackedBatch; None: no sequence has one
-    vision: VisionInputs | None  # None without images or past the first stage
+    vision: VisionInputs | None  # None: no rank shows an image, or past the first stage
     rows: Tensor  # [N] int64, places among this rank's tokens whose next token is an action
     places: Tensor  # [N] int64, these actions among the ``num_actions`` of the whole microbatch
     num_actions: int
@@ -41,21 +42,29 @@ def to_device(
     *,
     device: torch.device,
     pixel_values: Callable[[Media], Tensor] | None,
+    vision_group: ProcessGroup,
     cp_size: int = 1,
     cp_rank: int = 0,
 ) -> MicroBatch:
-    """Move ``batch`` to ``device``; ``pixel_values`` decodes images and is None on stages that have no vision tower."""
+    """Move ``batch`` to ``device``.
+
+    ``pixel_values`` decodes images and is None on stages that have no vision tower; ``vision_group``: the data- and
+    context-parallel ranks, which share the images of a microbatch.
+    """
 
     def tensor(array: np.ndarray) -> Tensor:
         return torch.from_numpy(np.ascontiguousarray(array)).to(device)
 
     vision = None
-    if pixel_values is not None and batch.media.images:
-        first: dict[bytes, int] = {}
-        index = [first.setdefault(image, len(first)) for image in batch.media.images]
-        distinct = batch.media.select([index.index(i) for i in range(len(first))])
-        pixels = pixel_values(distinct).to(device)
-        vision = VisionInputs(pixels, tensor(distinct.grids), tensor(distinct.sizes), torch.tensor(index))
+    if pixel_values is not None and (share := batch.vision[cp_rank]) is not None:
+        vision = VisionInputs(
+            pixel_values=pixel_values(share.media).to(device),
+            grids=tensor(share.media.grids),
+            sizes=tensor(share.media.sizes),
+            index=torch.from_numpy(share.index),
+            exchange=share.exchange,
+            group=vision_group,
+        )
     here = local_positions(torch.from_numpy(batch.cu_seqlens), cp_size, cp_rank).numpy()
     rows = np.flatnonzero(batch.loss_weights[here])
     actions = here[rows]

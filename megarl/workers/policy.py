@@ -115,22 +115,18 @@ class PolicyWorker:
     # ---- one step -------------------------------------------------------------------------------------------------
 
     def load(self, minibatches: list[list[PackedBatch]]) -> None:
-        """Take this rank's bins of a step, ``[optimizer step][microbatch]``, and decode their images."""
+        """Take this rank's bins of a step, ``[optimizer step][microbatch]``, and decode the images of its share."""
         with self.timer("load"):
             pixels = self.processor.pixel_values if parallel_state.is_pipeline_first_stage() else None
-            self.microbatches = [
-                [
-                    to_device(
-                        batch,
-                        device=self.device,
-                        pixel_values=pixels,
-                        cp_size=parallel_state.get_context_parallel_world_size(),
-                        cp_rank=parallel_state.get_context_parallel_rank(),
-                    )
-                    for batch in minibatch
-                ]
-                for minibatch in minibatches
-            ]
+            place = partial(
+                to_device,
+                device=self.device,
+                pixel_values=pixels,
+                vision_group=parallel_state.get_data_parallel_group(with_context_parallel=True),
+                cp_size=parallel_state.get_context_parallel_world_size(),
+                cp_rank=parallel_state.get_context_parallel_rank(),
+            )
+            self.microbatches = [[place(batch) for batch in minibatch] for minibatch in minibatches]
 
     def score(self) -> None:
         """Keep ``old_logprobs`` and ``ref_logprobs`` beside the actions of the step.

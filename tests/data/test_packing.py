@@ -5,6 +5,7 @@ import pytest
 
 from megarl.config import ParallelConfig, RunConfig
 from megarl.data.packing import Packing, assign_to_bins, pack, pack_bins
+from megarl.data.sharing import Encoding
 from megarl.types import Media, Prompt, Sample
 
 
@@ -13,7 +14,11 @@ def positions(tokens, media):
 
 
 def packing(**changes):
-    return Packing(**{"max_tokens": 64, "max_patches": 1000, "multiple": 4, "position_ids": positions} | changes)
+    encoding = Encoding(
+        num_tokens=lambda media: media.grids.prod(axis=1), cost=lambda media: media.grids.prod(axis=1), max_patches=1000
+    )
+    defaults = {"max_tokens": 64, "max_patches": 1000, "multiple": 4, "position_ids": positions, "encoding": encoding}
+    return Packing(**defaults | changes)
 
 
 def sample(length, *, group=0, image=None, start=0):
@@ -43,7 +48,7 @@ def test_every_stream_speaks_of_the_token_that_is_predicted():
     np.testing.assert_array_equal(batch.sequence_ids, [0] * 3 + [1] * 6 + [2] * 3)
     np.testing.assert_array_equal(batch.position_ids, [[0, 1, 2, *range(100, 106), 0, 1, 2]])
     assert batch.num_actions == 7
-    assert batch.media.images == [b"x"]
+    assert batch.vision[0].media.images == [b"x"]
 
 
 def test_a_shared_prompt_is_laid_out_once():
@@ -58,7 +63,7 @@ def test_a_shared_prompt_is_laid_out_once():
     np.testing.assert_array_equal(batch.cu_seqlens, [0, 1, 3, 7, 11])
     np.testing.assert_array_equal(batch.parents, [-1, 0, 0, -1])
     np.testing.assert_array_equal(batch.position_ids, [[100, 101, 102, 101, 102, 103, 104, 0, 1, 2, 3]])
-    assert batch.media.images == [b"x"]
+    assert batch.vision[0].media.images == [b"x"]
 
 
 def test_sequences_are_padded_so_that_ranks_can_cut_them():
@@ -80,9 +85,8 @@ def test_sequences_are_padded_so_that_ranks_can_cut_them():
 
 def test_layouts_of_ranks_decide_the_padding():
     def of(**parallel):
-        p = Packing.of(
-            RunConfig(parallel=ParallelConfig(**parallel)), SimpleNamespace(position_ids=None, eos_token_ids=[0])
-        )
+        processor = SimpleNamespace(position_ids=None, num_tokens=None, encoding_cost=None, eos_token_ids=[0])
+        p = Packing.of(RunConfig(parallel=ParallelConfig(**parallel)), processor)
         return p.multiple, p.sequence_multiple, p.num_bins_multiple
 
     tp, pp, cp = ("tensor_model_parallel_size", "pipeline_model_parallel_size", "context_parallel_size")

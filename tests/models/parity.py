@@ -17,6 +17,7 @@ from megarl.parallel import groups
 from megarl.parallel.context import gathered_places
 from megarl.parallel.pipeline import forward_backward
 from tests.models.reference import BANNED, ENTROPY_COEF, TEMPERATURE, VOCAB, Batch, Reference, pack
+from tests.models.sharing import in_turn
 
 
 def layout(tp: int = 1, pp: int = 1, **others: Any) -> ParallelConfig:
@@ -48,6 +49,11 @@ DEEP_LAYOUTS = {  # for models of four layers and as many key-value groups
     "pp2_uneven": (2, layout(pp=2, pipeline_layout=[1, 3])),
     "pp2_tower_alone": (2, layout(pp=2, pipeline_layout=[0, 4])),
     "pp2_vpp2_tower_alone": (2, layout(pp=2, **VPP2, pipeline_layout=[0, 2, 1, 1])),
+}
+SHARED_LAYOUTS = {  # for the vision tower's work, which ranks share
+    "dp4": (4, layout()),
+    "pp2_dp2": (4, layout(pp=2)),
+    "pp2_vpp2_dp2": (4, layout(pp=2, **VPP2)),
 }
 MICROBATCHES = [[0], [1, 4, 2], [3], [5, 6]]  # text alone, text beside images, several images
 
@@ -91,7 +97,7 @@ def train(
         ddp,
     )
     cp_size, cp_rank = ps.get_context_parallel_world_size(), ps.get_context_parallel_rank()
-    mine = microbatches[ps.get_data_parallel_rank() :: ps.get_data_parallel_world_size()]
+    mine = in_turn(microbatches, chunks[0])
     logits, attentions = [], []
     for name, module in model.named_modules():
         if name.endswith("core_attention"):
@@ -184,7 +190,7 @@ def check_logits(results: list[dict], ref: Reference, microbatches: list[list[in
 def run(
     pool, ref: Reference, layout: str, microbatches: list[list[int]] = MICROBATCHES, model: ModelConfig | None = None
 ) -> list[dict]:
-    world_size, parallel = (LAYOUTS | DEEP_LAYOUTS)[layout]
+    world_size, parallel = (LAYOUTS | DEEP_LAYOUTS | SHARED_LAYOUTS)[layout]
     return pool.run(
         train, world_size, ref.directory, parallel, model or ModelConfig(), packed(ref, microbatches, parallel)
     )

@@ -6,6 +6,7 @@ import ray
 
 from megarl.config import RunConfig
 from megarl.data.packing import Packing
+from megarl.data.sharing import Encoding
 from megarl.trainer.rl import RLTrainer
 from megarl.trainer.sync import WeightSync, WeightSyncError
 from megarl.types import EncodedPrompt, Media, Prompt
@@ -81,7 +82,7 @@ def sync():
     return WeightSync(
         RunConfig(),
         Workers(),
-        packing=Packing(64, 64, 1, positions),
+        packing=Packing(64, 64, 1, positions, Encoding(num_tokens=len, cost=len, max_patches=64)),
         canary=EncodedPrompt(Prompt("t/eval/0", "t", []), TOKENS, Media()),
         banned_token_ids=[9],
     )

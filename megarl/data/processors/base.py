@@ -68,6 +68,10 @@ class Processor(ABC):
         """[I] int64: tokens that each image takes in a prompt."""
 
     @abstractmethod
+    def encoding_cost(self, media: Media) -> np.ndarray:
+        """[I] float64: multiplications that the vision tower takes for each image, forward; see ``vision_cost``."""
+
+    @abstractmethod
     def patches(self, data: bytes) -> torch.Tensor:
         """[p, E] float32: an encoded image in the order in which the vision tower reads it."""
 

@@ -12,7 +12,22 @@ from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLIm
 
 from megarl.data.images import decode_image
 from megarl.data.processors.base import Processor
+from megarl.data.vision_cost import TowerCost
 from megarl.types import Media
+
+
+def tower_cost(config: PretrainedConfig) -> TowerCost:
+    """Of Qwen2-VL's tower, which attends within frames, or Qwen2.5-VL's, most of whose layers attend within windows."""
+    vision = config.vision_config
+    if config.model_type == "qwen2_vl":
+        return TowerCost(vision.embed_dim, vision.depth, round(2 * vision.mlp_ratio * vision.embed_dim**2))
+    return TowerCost(
+        vision.hidden_size,
+        vision.depth,
+        mlp_weights=3 * vision.hidden_size * vision.intermediate_size,
+        windowed_layers=vision.depth - len(vision.fullatt_block_indexes),
+        window=vision.window_size // vision.patch_size,
+    )
 
 
 class QwenVLProcessor(Processor):
@@ -32,6 +47,7 @@ class QwenVLProcessor(Processor):
             raise ValueError(f"model.min_pixels={self.min_pixels} is more than model.max_pixels={self.max_pixels}")
         self.patch_size = self.image_processor.patch_size
         self.merge_size = self.image_processor.merge_size
+        self.tower_cost = tower_cost(config)
         self.patch_dim = 3 * self.image_processor.temporal_patch_size * self.patch_size**2
 
     def grid(self, height: int, width: int) -> tuple[int, int, int]:
@@ -46,6 +62,9 @@ class QwenVLProcessor(Processor):
 
     def num_tokens(self, media: Media) -> np.ndarray:
         return media.grids.prod(axis=1) // self.merge_size**2
+
+    def encoding_cost(self, media: Media) -> np.ndarray:
+        return self.tower_cost(media.grids)
 
     def patches(self, data: bytes) -> torch.Tensor:
         image = decode_image(data, self.max_image_pixels)

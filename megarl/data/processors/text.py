@@ -22,6 +22,9 @@ class TextProcessor(Processor):
     def num_tokens(self, media: Media) -> np.ndarray:
         return np.zeros(0, np.int64)
 
+    def encoding_cost(self, media: Media) -> np.ndarray:
+        return np.zeros(0)
+
     def patches(self, data: bytes) -> torch.Tensor:
         raise ValueError(f"{self.config.model_type} models cannot be shown images")
 

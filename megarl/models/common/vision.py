@@ -6,28 +6,55 @@ the ``merge x merge`` patches that become one token lie side by side.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.transformer.transformer_layer import TransformerLayer
 from torch import Tensor
 
+from megarl.parallel.exchange import exchange_rows
+from megarl.types import Exchange
+
 
 @dataclass
 class VisionInputs:
-    """Distinct images and videos of a microbatch, as a vision tower takes them, and where they are shown."""
+    """Distinct images and videos to encode, possibly none, as a vision tower takes them; and what a microbatch shows.
+
+    Without an exchange it shows what is encoded here. With one, every rank of ``group`` encodes some images, and R of
+    all of them arrive here.
+    """
 
     pixel_values: Tensor  # [P, E] patches, one image after the other
     grids: Tensor  # [I, 3] int64 (time or tiles, height, width) in patches
     sizes: Tensor  # [I, 2] int64 (height, width) in pixels as they were read
-    index: Tensor  # [J] int64, the image that each of the J places shows
+    index: Tensor  # [J] int64, the image that each of the J places shows, of R with an exchange and else of I
+    exchange: Exchange | None = None
+    group: dist.ProcessGroup | None = None
+
+    def arrivals(self, encoded: list[Tensor]) -> Sequence[Tensor]:
+        """The images that may be shown, from those encoded here: [n, W] each. Every rank of ``group`` calls it.
+
+        Where there is no image to encode, ``encoded`` is one of n = 0; so is the result where there is none to show.
+        """
+        if self.exchange is None:
+            return encoded
+        sends = self.exchange.sends.tolist()
+        return exchange_rows(
+            torch.cat([encoded[image] for image in sends]) if sends else encoded[0],
+            send=self.exchange.send_tokens.tolist(),
+            receive=self.exchange.receive_tokens.tolist(),
+            group=self.group,
+        ).split(self.exchange.lengths.tolist() or [0])
 
     def to(self, device: torch.device) -> VisionInputs:
         """The same on ``device``."""
-        return VisionInputs(*(getattr(self, field.name).to(device) for field in fields(self)))
+        tensors = ("pixel_values", "grids", "sizes", "index")
+        return replace(self, **{name: getattr(self, name).to(device) for name in tensors})
 
 
 def patch_positions(grids: Tensor, merge: int) -> Tensor:

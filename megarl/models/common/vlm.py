@@ -59,20 +59,27 @@ class VisionLanguageModel(LanguageModel):
         """The smallest possible image."""
 
     def embed(self, tokens: Tensor, vision: VisionInputs | None, here: Tensor) -> Tensor:
-        """The decoder's input [T / cp, 1, H]: words with images among them.
-
-        Every context-parallel rank encodes all images and takes the tokens that are ``here``. A microbatch without
-        images runs the tower on a blank one of weight zero, so that every rank takes part in its collectives and every
-        parameter has a gradient.
-        """
+        """The decoder's input [T / cp, 1, H]: words with images among them, those of the tokens that are ``here``."""
         embeddings = super().embed(tokens, None, here)
-        if vision is None:
-            return embeddings + 0 * torch.cat(self.encode(self.blank())).sum()
-        encoded = self.encode(vision)
-        images = torch.cat([encoded[i] for i in vision.index.tolist()]).to(embeddings.dtype)
+        images = self.images(vision).to(embeddings.dtype)
         places = torch.isin(tokens[0], tokens.new_tensor(self.media_token_ids))
         if len(images) != int(places.sum()):
             raise ValueError(f"images give {len(images)} tokens and the text has places for {int(places.sum())}")
         shown = places.cumsum(0) - 1  # which token of the images stands at a place
         images, places = images[shown[here][places[here]]], places[here]
         return embeddings[:, 0].masked_scatter(places[:, None], images)[:, None]
+
+    def images(self, vision: VisionInputs | None) -> Tensor:
+        """The tokens [n, H] of the images that the microbatch shows, in the order of their places.
+
+        A rank that encodes no image runs the tower on a blank one and uses none of its tokens: so every rank takes part
+        in the tower's collectives, and every parameter has a gradient.
+        """
+        if vision is None or not len(vision.grids):
+            encoded = [tokens[:0] for tokens in self.encode(self.blank())]
+        else:
+            encoded = self.encode(vision)
+        if vision is None:
+            return encoded[0]
+        arrived = vision.arrivals(encoded)
+        return torch.cat([arrived[image] for image in vision.index.tolist()] or [arrived[0]])
