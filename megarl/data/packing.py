@@ -224,7 +224,42 @@ def assign_to_bins(samples: Sequence[Sample], packing: Packing, data_parallel_si
     fits = bisect.bisect_left(caps, True, key=lambda cap: len(_fill(samples, order, packing, cap)) <= count)
     bins = _fill(samples, order, packing, caps[fits])
     bins += [[] for _ in range(count - len(bins))]
-    return [bins[rank::data_parallel_size] for rank in range(data_parallel_size)]
+    microbatches = [bins[start : start + data_parallel_size] for start in range(0, count, data_parallel_size)]
+    if packing.encoding.balance:
+        microbatches = [_even_out(samples, microbatch, packing, max_tokens) for microbatch in microbatches]
+    return [list(rank) for rank in zip(*microbatches, strict=True)]
+
+
+def _even_out(samples: Sequence[Sample], bins: list[list[int]], packing: Packing, max_tokens: int) -> list[list[int]]:
+    """The bins of a microbatch with their samples dealt anew, the longest first, if that makes the fullest smaller.
+
+    Ranks that share images wait for each other in every microbatch, and part a group at no cost. A prompt that is laid
+    out once stays whole.
+    """
+
+    def length(indices: list[int]) -> int:
+        previous = [None, *(samples[i] for i in indices)]
+        return sum(packing.length(samples[i], before) for i, before in zip(indices, previous, strict=False))
+
+    order = [i for bin in bins for i in bin]
+    whole = itertools.groupby(order, key=(lambda i: _prompt(samples[i])) if packing.share_prompts else None)
+    units = sorted(([*members] for _, members in whole), key=length, reverse=True)
+    dealt: list[list[int]] = [[] for _ in bins]
+    loads, patches = [0] * len(bins), [dict[bytes, int]() for _ in bins]
+    for unit in units:
+        size, shown = length(unit), {k: v for i in unit for k, v in _patches(samples[i]).items()}
+        for number in sorted(range(len(bins)), key=loads.__getitem__):
+            together = patches[number] | shown
+            if loads[number] + size <= max_tokens and sum(together.values()) <= packing.max_patches:
+                break
+        else:
+            return bins
+        dealt[number] += unit
+        loads[number], patches[number] = loads[number] + size, together
+    if max(loads) >= max(length(bin) for bin in bins):
+        return bins
+    place = {i: number for number, i in enumerate(order)}
+    return [sorted(bin, key=place.__getitem__) for bin in dealt]
 
 
 def _patches(sample: Sample) -> dict[bytes, int]:

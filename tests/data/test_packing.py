@@ -1,3 +1,4 @@
+import dataclasses
 from types import SimpleNamespace
 
 import numpy as np
@@ -143,6 +144,30 @@ def test_an_interleaved_pipeline_gets_a_multiple_of_bins():
     ranks = assign_to_bins([sample(9) for _ in range(12)], packing(max_tokens=40, num_bins_multiple=2), 2)
     assert [[len(bin) for bin in rank] for rank in ranks] == [[3, 3], [3, 3]]
     assert assign_to_bins([sample(5)], packing(num_bins_multiple=2), 2) == [[[0], []], [[], []]]
+
+
+@pytest.mark.parametrize("share_prompts", [False, True])
+def test_ranks_that_wait_for_each_other_have_as_much_to_do(share_prompts):
+    random = np.random.default_rng(0)
+    samples = [sample(int(n), group=g // 8, image=b"x") for g, n in enumerate(random.integers(5, 60, 200))]
+    p = packing(max_tokens=400, multiple=1, share_prompts=share_prompts)
+    apart = packing(max_tokens=400, multiple=1, encoding=dataclasses.replace(p.encoding, balance=False))
+
+    def slack(ranks):
+        tokens = np.array([[sum(len(samples[i].tokens) for i in bin) for bin in rank] for rank in ranks])
+        return tokens.max(axis=0).sum() / tokens.mean(axis=0).sum()
+
+    assert slack(assign_to_bins(samples, p, 4)) < 1.03 < slack(assign_to_bins(samples, apart, 4))
+
+
+def test_a_shared_prompt_stays_whole():
+    families = [[sample(n, group=g) for n in lengths] for g, lengths in enumerate([[30, 20], [9, 8, 7], [12], [25]])]
+    for family in families:
+        for s in family:
+            s.prompt, s.media = family[0].prompt, family[0].media
+    samples = [s for family in families for s in family]
+    ranks = assign_to_bins(samples, packing(max_tokens=60, multiple=1, share_prompts=True), 2)
+    assert ranks == [[[0, 1]], [[2, 3, 4, 5, 6]]]
 
 
 def test_fewer_samples_than_ranks_and_none_at_all():
