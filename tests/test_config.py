@@ -31,7 +31,115 @@ def test_a_value_may_hold_an_equals_sign_and_a_single_value_becomes_a_list():
 
 def test_tasks_and_passed_through_options_take_new_names():
     config = override(
-        "trainer.ranks_per_node=8", *(f"parallel.{axis}_parallel_size=2" for axis in ("context", "tensor_model"))
+        "tasks.digits.path=a.b:C", "tasks.digits.kwargs.size=28", "rollout.engine.chunked_prefill_size=64"
+    )
+    assert config.tasks == {"digits": TaskConfig(path="a.b:C", kwargs={"size": 28})}
+    assert config.rollout.engine == {"chunked_prefill_size": 64}
+
+
+def test_overrides_are_checked_together_not_one_by_one():
+    config = override("parallel.sequence_parallel=true", "parallel.tensor_model_parallel_size=2")
+    assert config.parallel.sequence_parallel
+
+
+@pytest.mark.parametrize(
+    ("typed", "nearest"),
+    [
+        ("optimizer.lrr=1", "optimizer.lr"),
+        ("optimzer.lr=1", "optimizer.lr"),
+        ("rollout.groupsize=4", "rollout.group_size"),
+        ("paralel.tensor_model_paralel_size=2", "parallel.tensor_model_parallel_size"),
+        ("actor.optim.lrr=1", "optimizer.lr"),
+        ("tasks.digits.weigth=2", "tasks.digits.weight"),
+    ],
+)
+def test_an_unknown_key_is_named_with_the_nearest_known_one(typed, nearest):
+    base = RunConfig(tasks={"digits": TaskConfig(path="a:b")})
+    key = typed.partition("=")[0]
+    with pytest.raises(ValueError, match=re.escape(f"unknown key {key!r}; did you mean {nearest!r}?")):
+        apply_overrides(base, [typed])
+
+
+@pytest.mark.parametrize(
+    ("overrides", "key"),
+    [
+        (["optimizer.lr=abc"], "optimizer.lr"),
+        (["optimizer=3"], "optimizer"),
+        (["optimizer.betas=[0.9,0.9,0.9]"], "optimizer.betas"),
+        (["optimizer.lr=-1"], "optimizer.lr"),
+        (["optimizer.clip_grad=0"], "optimizer.clip_grad"),
+        (["seed=1.5"], "seed"),
+        (["debug.deterministic=maybe"], "debug.deterministic"),
+        (["tasks=[]"], "tasks"),
+        (["tasks.a=foo"], "tasks.a"),
+        (["model.dtype=bfloat"], "model.dtype"),
+        (["model.freeze=[vision]"], "model.freeze"),
+        (["model.path=${nope}"], "model.path"),
+        (["parallel.tensor_model_parallel_size=0"], "parallel.tensor_model_parallel_size"),
+        (["rollout.temperature=0"], "rollout.temperature"),
+        (["rollout.top_p=5"], "rollout.top_p"),
+        (["rollout.dtype=int8"], "rollout.dtype"),
+        (["weight_sync.transport=nccl"], "weight_sync.transport"),
+        (["observability.trackers=[tensorbord]"], "observability.trackers"),
+        (["rewards.on_error=ignore"], "rewards.on_error"),
+        (["checkpoint.keep=-1"], "checkpoint.keep"),
+        (["trainer.num_steps=-1"], "trainer.num_steps"),
+        (["algorithm.clip_ratio_low=-0.1"], "algorithm.clip_ratio_low"),
+    ],
+)
+def test_a_wrong_value_is_an_error_that_starts_with_its_key(overrides, key):
+    with pytest.raises(ValueError, match=rf"^{re.escape(key)}[=:]"):
+        override(*overrides)
+
+
+def test_a_wrong_choice_comes_with_the_nearest_right_one():
+    with pytest.raises(ValueError, match=r"model\.dtype='bfloat'.*did you mean 'bfloat16'\?"):
+        override("model.dtype=bfloat")
+
+
+def test_an_override_without_a_value_is_refused():
+    with pytest.raises(ValueError, match="is not an override: write key=value"):
+        override("optimizer.lr")
+
+
+@pytest.mark.parametrize(
+    ("overrides", "words"),
+    [
+        (["parallel.sequence_parallel=true"], "parallel.tensor_model_parallel_size > 1"),
+        (["trainer.ranks_per_node=3", "parallel.tensor_model_parallel_size=2"], "3 ranks cannot be divided"),
+        (["trainer.ranks_per_node=2", "parallel.context_parallel_size=4"], r"parallel\.context_parallel_size=4"),
+        (["trainer.ranks_per_node=3", "parallel.expert_model_parallel_size=2"], "expert_model_parallel_size=2"),
+        (["parallel.virtual_pipeline_model_parallel_size=2"], r"=2 needs parallel\.pipeline_model_parallel_size > 1"),
+        (["parallel.pipeline_layout=[1,2]"], r"pipeline_layout=\[1, 2\] must have 1 entries"),
+        (["parallel.pipeline_model_parallel_size=2", "parallel.pipeline_layout=[-1,3]"], "must not hold negative"),
+        (["parallel.context_parallel_size=2", "trainer.share_prompts=true"], "exclude each other"),
+        (["parallel.cp_comm_type=ring"], "not one of auto, all_gather, a2a, p2p"),
+        (
+            ["parallel.context_parallel_size=2", "parallel.cp_comm_type=p2p", "model.attention_backend=varlen"],
+            "varlen has no ring",
+        ),
+        (
+            [
+                "parallel.context_parallel_size=2",
+                "parallel.cp_comm_type=all_gather",
+                "model.transformer_impl=transformer_engine",
+            ],
+            "Transformer Engine takes no packed sequences",
+        ),
+        (["trainer.num_nodes=3", "trainer.ranks_per_node=2", "parallel.pipeline_model_parallel_size=4"], "6 ranks"),
+    ],
+)
+def test_an_impossible_layout_is_refused(overrides, words):
+    with pytest.raises(ValueError, match=words):
+        override(*overrides)
+
+
+def test_data_parallel_takes_what_is_left():
+    config = override("trainer.num_nodes=2", "trainer.ranks_per_node=8", "parallel.tensor_model_parallel_size=4")
+    assert (config.world_size, config.data_parallel_size) == (16, 4)
+    assert override("parallel.pipeline_model_parallel_size=2").world_size == 2  # ranks_per_node=0: as many as needed
+    config = override(
+        "trainer.ranks_per_node=8", "parallel.tensor_model_parallel_size=2", "parallel.context_parallel_size=2"
     )
     assert [config.data_parallel_rank(rank) for rank in range(8)] == [0] * 4 + [1] * 4
 

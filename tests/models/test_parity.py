@@ -16,8 +16,9 @@ CASES = [
     *((family, name, "tp1") for family, case in FAMILIES.items() for name in case.names),
     *(("qwen2_5_vl", name, layout) for name in ("gqa2_tied", "gqa4_untied") for layout in LAYOUTS if layout != "tp1"),
     *(("text", name, layout) for name in Text.names for layout in ("tp2_sp", "pp2", "tp2_pp2")),
+    *(("qwen2_5_vl", "deep_tied", layout) for layout in DEEP_LAYOUTS),
+    ("text", "qwen3_narrow_heads", "cp2_pp2"),
 ]
-CASES += [("qwen2_5_vl", "deep_tied", layout) for layout in DEEP_LAYOUTS]
 
 
 @pytest.fixture(scope="module")
