@@ -12,6 +12,11 @@ from transformers import PretrainedConfig
 from megarl.config import ModelConfig, ParallelConfig
 from megarl.models.common.interleaved import InterleavedModel
 from megarl.models.common.language import validate_language
+from megarl.models.llava.config import validate as llava_validate
+from megarl.models.llava.mapping import canonical_name as llava_canonical_name
+from megarl.models.llava.mapping import mappings as llava_mappings
+from megarl.models.llava.model import build as llava_build
+from megarl.models.llava.probe import probe as llava_probe
 from megarl.models.mapping import Mapping
 from megarl.models.probe import Probe, text_probe
 from megarl.models.qwen_vl.config import validate as qwen_vl_validate
@@ -52,6 +57,20 @@ QWEN_VL = Family(
     probe=qwen_vl_probe,
 )
 
+LLAVA = Family(
+    name="llava",
+    architectures=(
+        "LlavaForConditionalGeneration",
+        "LlavaNextForConditionalGeneration",
+        "LlavaOnevisionForConditionalGeneration",
+    ),
+    build=llava_build,
+    mappings=llava_mappings,
+    validate=llava_validate,
+    canonical_name=llava_canonical_name,
+    probe=llava_probe,
+)
+
 TEXT = Family(
     name="text",
     architectures=("LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM"),
@@ -63,7 +82,7 @@ TEXT = Family(
 )
 
 FAMILIES: dict[str, Family] = {
-    architecture: family for family in (QWEN_VL, TEXT) for architecture in family.architectures
+    architecture: family for family in (QWEN_VL, LLAVA, TEXT) for architecture in family.architectures
 }
 
 

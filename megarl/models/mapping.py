@@ -77,24 +77,28 @@ class QKV(Mapping):
         return torch.cat([tensors[name].unflatten(0, (self.num_groups, -1)) for name in self.hf], dim=1).flatten(0, 1)
 
     def to_hf(self, tensor: Tensor) -> HFTensors:
+        return dict(zip(self.hf, self.queries_keys_values(tensor), strict=True))
+
+    def queries_keys_values(self, tensor: Tensor) -> list[Tensor]:
+        """All queries, all keys, all values of the whole Megatron parameter."""
         head = tensor.shape[0] // (self.num_heads + 2 * self.num_groups)
         queries = head * (self.num_heads // self.num_groups)
         parts = tensor.unflatten(0, (self.num_groups, -1)).split([queries, head, head], dim=1)
-        return {name: part.flatten(0, 1) for name, part in zip(self.hf, parts, strict=True)}
+        return [part.flatten(0, 1) for part in parts]
 
 
 @dataclass(frozen=True, kw_only=True)
-class FusedQKV(Mapping):
-    """A projection stored as all queries, all keys, all values ([3, heads, head]); in Megatron as ``QKV``."""
-
-    num_heads: int
-    shard_dim: int | None = 0
+class FusedQKV(QKV):
+    """The same, stored as one matrix of all queries, all keys, all values."""
 
     def to_megatron(self, tensors: HFTensors) -> Tensor:
-        return tensors[self.hf[0]].unflatten(0, (3, self.num_heads, -1)).transpose(0, 1).flatten(0, 2)
+        whole = tensors[self.hf[0]]
+        head = whole.shape[0] // (self.num_heads + 2 * self.num_groups)
+        parts = whole.split([self.num_heads * head, self.num_groups * head, self.num_groups * head])
+        return torch.cat([part.unflatten(0, (self.num_groups, -1)) for part in parts], dim=1).flatten(0, 1)
 
     def to_hf(self, tensor: Tensor) -> HFTensors:
-        return {self.hf[0]: tensor.unflatten(0, (self.num_heads, 3, -1)).transpose(0, 1).flatten(0, 2)}
+        return {self.hf[0]: torch.cat(self.queries_keys_values(tensor))}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -116,6 +120,30 @@ class GatedMLP(Mapping):
     def join(self, shards: list[Tensor]) -> Tensor:
         halves = zip(*(shard.chunk(2) for shard in shards), strict=True)
         return torch.cat([part for half in halves for part in half])
+
+
+@dataclass(frozen=True, kw_only=True)
+class FusedGatedMLP(GatedMLP):
+    """The same, stored as one matrix: gate over up."""
+
+    def to_megatron(self, tensors: HFTensors) -> Tensor:
+        return tensors[self.hf[0]]
+
+    def to_hf(self, tensor: Tensor) -> HFTensors:
+        return {self.hf[0]: tensor}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Unsqueezed(Mapping):
+    """A tensor that has ``ones`` dimensions of size one in front in the checkpoint."""
+
+    ones: int
+
+    def to_megatron(self, tensors: HFTensors) -> Tensor:
+        return tensors[self.hf[0]].flatten(0, self.ones)
+
+    def to_hf(self, tensor: Tensor) -> HFTensors:
+        return {self.hf[0]: tensor.view(*[1] * self.ones, *tensor.shape)}
 
 
 @dataclass(frozen=True, kw_only=True)

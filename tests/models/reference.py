@@ -97,7 +97,7 @@ class Reference:
     samples: list[Sample]
     weights: list[Tensor]  # [L - 1] of each sample's predictions in the loss
     logits: list[Tensor] = field(default_factory=list)  # [L, V] of each sample
-    gradients: dict[str, Tensor] = field(default_factory=dict)  # by canonical name, of the mean loss
+    gradients: dict[str, Tensor] = field(default_factory=dict)  # of the mean loss, where it depends on a parameter
     updated: dict[str, Tensor] = field(default_factory=dict)  # parameters after one step of AdamW
 
 
@@ -139,7 +139,7 @@ def reference(case: Case, name: str, directory: Path) -> Reference:
         result.logits.append(row[: len(sample.tokens)].detach())
     (total / sum(len(w) for w in result.weights)).backward()
     named = [(canonical_name(n), p) for n, p in model.named_parameters()]
-    result.gradients = {n: torch.zeros_like(p) if p.grad is None else p.grad.clone() for n, p in named}
+    result.gradients = {n: p.grad.clone() for n, p in named if p.grad is not None}
     torch.optim.AdamW(model.parameters(), lr=1e-2, betas=(0.9, 0.95), eps=1e-2, weight_decay=0.0).step()
     result.updated = {n: p.detach() for n, p in named}
     return result

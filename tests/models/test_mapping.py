@@ -3,7 +3,17 @@
 import pytest
 import torch
 
-from megarl.models.mapping import QKV, Flattened, FusedQKV, GatedMLP, Mapping, Vocab, padded_vocab_size
+from megarl.models.mapping import (
+    QKV,
+    Flattened,
+    FusedGatedMLP,
+    FusedQKV,
+    GatedMLP,
+    Mapping,
+    Unsqueezed,
+    Vocab,
+    padded_vocab_size,
+)
 from megarl.models.qwen_vl.mapping import canonical_name, mappings
 from tests.models.qwen_vl import CONFIGS, Qwen25VL
 from tests.models.reference import VOCAB
@@ -20,8 +30,12 @@ CASES = [
     (Vocab(**hf_names("a"), vocab_size=128), {"a": (128, 3)}),
     (QKV(**hf_names("q", "k", "v"), num_heads=8, num_groups=4), {"q": (24, 5), "k": (12, 5), "v": (12, 5)}),
     (QKV(**hf_names("q", "k", "v"), num_heads=4, num_groups=4), {"q": (12,), "k": (12,), "v": (12,)}),
-    (FusedQKV(**hf_names("a"), num_heads=4), {"a": (36, 5)}),
+    (FusedQKV(**hf_names("a"), num_heads=4, num_groups=4), {"a": (36, 5)}),
+    (FusedQKV(**hf_names("a"), num_heads=8, num_groups=4), {"a": (48, 5)}),
     (GatedMLP(**hf_names("g", "u")), {"g": (8, 3), "u": (8, 3)}),
+    (FusedGatedMLP(**hf_names("a")), {"a": (16, 3)}),
+    (Unsqueezed(**hf_names("a"), ones=2), {"a": (1, 1, 6)}),
+    (Unsqueezed(**hf_names("a"), ones=0), {"a": (5, 6)}),
     (Flattened(**hf_names("a"), kernel=(3, 2, 4, 4)), {"a": (5, 3, 2, 4, 4)}),
 ]
 
@@ -46,8 +60,12 @@ def test_qkv_puts_the_queries_of_a_group_before_its_key_and_value():
 
 
 def test_fused_qkv_puts_a_heads_query_before_its_key_and_value():
-    whole = FusedQKV(**hf_names("a"), num_heads=2).to_megatron({"a": torch.tensor([0, 1, 10, 11, 20, 21])})
+    whole = FusedQKV(**hf_names("a"), num_heads=2, num_groups=2).to_megatron(
+        {"a": torch.tensor([0, 1, 10, 11, 20, 21])}
+    )
     assert whole.tolist() == [0, 10, 20, 1, 11, 21]
+    grouped = FusedQKV(**hf_names("a"), num_heads=2, num_groups=1).to_megatron({"a": torch.tensor([0, 1, 10, 20])})
+    assert grouped.tolist() == [0, 1, 10, 20]
 
 
 def test_gated_mlp_gives_each_rank_its_gate_and_its_up():

@@ -1,7 +1,7 @@
-"""Llama-like decoders (Llama, Mistral, Qwen2, Qwen3 and the text halves of VLMs): configuration and weight names.
+"""Llama-like decoders (Llama, Mistral, Phi-3, Qwen2, Qwen3 and the text halves of VLMs): configuration, weight names.
 
-They differ in the bias of the query, key and value projections and in the norm of queries and keys; everything else is
-a number in ``config.json``.
+They differ in the bias of the query, key and value projections, in the norm of queries and keys, and in how the files
+cut their matrices; everything else is a number in ``config.json``.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from transformers import PretrainedConfig
 from megarl.config import ModelConfig, ParallelConfig
 from megarl.models.common.rotary import rotary_frequencies
 from megarl.models.common.transformer_config import transformer_config
-from megarl.models.mapping import QKV, GatedMLP, Mapping, Vocab
+from megarl.models.mapping import QKV, FusedGatedMLP, FusedQKV, GatedMLP, Mapping, Vocab
 
 
 @dataclass(frozen=True)
@@ -25,11 +25,13 @@ class Traits:
 
     qkv_bias: bool = False
     qk_norm: bool = False  # RMSNorm of each query and key head
+    fused: bool = False  # the files hold queries, keys and values as one matrix, and gate and up as another
 
 
 TRAITS = {
     "llama": Traits(),
     "mistral": Traits(),
+    "phi3": Traits(fused=True),
     "qwen2": Traits(qkv_bias=True),
     "qwen2_vl_text": Traits(qkv_bias=True),
     "qwen2_5_vl_text": Traits(qkv_bias=True),
@@ -134,6 +136,9 @@ def language_mappings(
     """Rows of the decoder at ``language_model.``; ``prefix`` and ``output`` are the checkpoint's names of its parts."""
     traits = TRAITS[text.model_type]
     vocab = {"vocab_size": text.vocab_size}
+    qkv, gated = (FusedQKV, FusedGatedMLP) if traits.fused else (QKV, GatedMLP)
+    projections = ("qkv",) if traits.fused else tuple("qkv")
+    halves = ("gate_up",) if traits.fused else ("gate", "up")
     ours = "language_model."
     table: list[Mapping] = [
         Vocab(megatron=f"{ours}embedding.word_embeddings.weight", hf=(f"{prefix}embed_tokens.weight",), **vocab),
@@ -148,16 +153,16 @@ def language_mappings(
             Mapping(megatron=f"{ours}input_layernorm.weight", hf=(f"{theirs}input_layernorm.weight",)),
             Mapping(megatron=f"{ours}pre_mlp_layernorm.weight", hf=(f"{theirs}post_attention_layernorm.weight",)),
             Mapping(megatron=f"{attention}linear_proj.weight", hf=(f"{theirs}self_attn.o_proj.weight",), shard_dim=1),
-            GatedMLP(
+            gated(
                 megatron=f"{ours}mlp.linear_fc1.weight",
-                hf=(f"{theirs}mlp.gate_proj.weight", f"{theirs}mlp.up_proj.weight"),
+                hf=tuple(f"{theirs}mlp.{name}_proj.weight" for name in halves),
             ),
             Mapping(megatron=f"{ours}mlp.linear_fc2.weight", hf=(f"{theirs}mlp.down_proj.weight",), shard_dim=1),
         ]
         table += [
-            QKV(
+            qkv(
                 megatron=f"{attention}linear_qkv.{kind}",
-                hf=tuple(f"{theirs}self_attn.{name}_proj.{kind}" for name in "qkv"),
+                hf=tuple(f"{theirs}self_attn.{name}_proj.{kind}" for name in projections),
                 num_heads=text.num_attention_heads,
                 num_groups=text.num_key_value_heads,
             )

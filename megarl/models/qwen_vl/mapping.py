@@ -55,6 +55,7 @@ def _vision(hf: PretrainedConfig) -> list[Mapping]:
                     megatron=f"{ours}self_attention.linear_qkv.{kind}",
                     hf=(f"{theirs}attn.qkv.{kind}",),
                     num_heads=vision.num_heads,
+                    num_groups=vision.num_heads,
                 ),
                 GatedMLP(
                     megatron=f"{ours}mlp.linear_fc1.{kind}",
