@@ -262,10 +262,10 @@ def _even_out(samples: Sequence[Sample], bins: list[list[int]], packing: Packing
     return [sorted(bin, key=place.__getitem__) for bin in dealt]
 
 
-def _patches(sample: Sample) -> dict[bytes, int]:
-    """By image."""
-    grids = sample.media.grids.prod(axis=1).tolist()
-    return dict(zip(sample.media.images, grids, strict=True))
+def _patches(sample: Sample) -> dict[tuple[bytes, bytes], int]:
+    """By image and grid."""
+    media = sample.media
+    return {(image, grid.tobytes()): int(grid.prod()) for image, grid in zip(media.images, media.grids, strict=True)}
 
 
 def _fill(samples: Sequence[Sample], order: list[int], packing: Packing, max_tokens: int) -> list[list[int]]:

@@ -6,6 +6,7 @@ from pathlib import Path
 
 from megarl.config import RunConfig
 from megarl.data.processors.base import Processor
+from megarl.data.processors.llava import LlavaNextProcessor, LlavaOnevisionProcessor, LlavaProcessor
 from megarl.data.processors.qwen_vl import QwenVLProcessor
 from megarl.data.processors.text import TextProcessor
 from megarl.utils import torchvision_cpu
@@ -16,6 +17,9 @@ from transformers import AutoConfig  # noqa: E402
 
 PROCESSORS: dict[str, type[Processor]] = {  # by model_type
     **dict.fromkeys(("qwen2_vl", "qwen2_5_vl"), QwenVLProcessor),
+    "llava": LlavaProcessor,
+    "llava_next": LlavaNextProcessor,
+    "llava_onevision": LlavaOnevisionProcessor,
     **dict.fromkeys(("llama", "mistral", "qwen2", "qwen3"), TextProcessor),
 }
 

@@ -50,7 +50,8 @@ class Processor(ABC):
         if template.is_file():
             self.tokenizer.chat_template = json.loads(template.read_text())["chat_template"]
         self.min_pixels, self.max_pixels, self.max_image_pixels = min_pixels, max_pixels, max_image_pixels
-        self.image_token_id: int = config.to_dict().get("image_token_id", -1)  # -1: no image can be shown
+        ids = config.to_dict()
+        self.image_token_id: int = ids.get("image_token_id", ids.get("image_token_index", -1))  # -1: shows no image
         self.eos_token_ids = self._eos_token_ids()
         self.banned_token_ids = self._banned_token_ids()
         self._cache: OrderedDict[bytes, torch.Tensor] = OrderedDict()
@@ -60,8 +61,9 @@ class Processor(ABC):
     patch_dim: int  # E, numbers of a patch
 
     @abstractmethod
-    def grid(self, height: int, width: int) -> tuple[int, int, int]:
-        """(time or tiles, height, width) in patches of an image of ``height`` x ``width`` pixels."""
+    def grid(self, height: int, width: int, *, num_images: int) -> tuple[int, int, int]:
+        """(time or tiles, height, width) in patches of an image of ``height`` x ``width`` pixels, one of
+        ``num_images`` of its prompt."""
 
     @abstractmethod
     def num_tokens(self, media: Media) -> np.ndarray:
@@ -72,8 +74,8 @@ class Processor(ABC):
         """[I] float64: multiplications that the vision tower takes for each image, forward; see ``vision_cost``."""
 
     @abstractmethod
-    def patches(self, data: bytes) -> torch.Tensor:
-        """[p, E] float32: an encoded image in the order in which the vision tower reads it."""
+    def patches(self, data: bytes, grid: np.ndarray) -> torch.Tensor:
+        """[p, E] float32: an encoded image of ``grid`` [3] in the order in which the vision tower reads it."""
 
     @abstractmethod
     def engine_inputs(self, media: Media) -> list[dict[str, Any]]:
@@ -114,18 +116,23 @@ class Processor(ABC):
         for index, data in enumerate(prompt.images):
             try:
                 sizes[index] = image_size(data, self.max_image_pixels)
-                grids[index] = self.grid(*sizes[index].tolist())
+                grids[index] = self.grid(*sizes[index].tolist(), num_images=count)
                 check_image(data, self.max_image_pixels)
             except ValueError as error:
                 raise ValueError(f"{prompt.id}: image {index}: {error}") from error
         media = Media(list(prompt.images), grids, sizes, np.zeros(count, np.float32))
-        ids = np.asarray(self.tokenizer.encode(self.render(prompt), add_special_tokens=False), np.int32)
+        ids = np.asarray(self._tokenize(self.render(prompt)), np.int32)
         places = ids == self.image_token_id
         if places.sum() != count:
             raise ValueError(f"{prompt.id}: {places.sum()} image placeholders for {count} images")
         repeats = np.ones(len(ids), np.int64)
         repeats[places] = self.num_tokens(media)
         return EncodedPrompt(prompt=prompt, tokens=np.repeat(ids, repeats), media=media)
+
+    def _tokenize(self, text: str) -> list[int]:
+        """Ids of a rendered prompt; the tokenizer begins it with its bos where the template does not."""
+        bos = self.tokenizer.bos_token
+        return self.tokenizer.encode(text, add_special_tokens=not (bos and text.startswith(bos)))
 
     def render(self, prompt: Prompt) -> str:
         """The prompt's text as the chat template writes it, one placeholder an image."""
@@ -141,20 +148,20 @@ class Processor(ABC):
         pixels = []
         for index, data in enumerate(media.images):
             try:
-                pixels.append(self._cached_patches(data))
+                pixels.append(self._cached_patches(data, media.grids[index]))
             except ValueError as error:
                 raise ValueError(f"image {index} of {len(media.images)}: {error}") from error
             if len(pixels[-1]) != media.grids[index].prod():
                 raise ValueError(f"image {index} has {len(pixels[-1])} patches, its grid says {media.grids[index]}")
         return torch.cat(pixels) if pixels else torch.zeros(0, self.patch_dim)
 
-    def _cached_patches(self, data: bytes) -> torch.Tensor:
-        key = hashlib.sha256(data).digest()
+    def _cached_patches(self, data: bytes, grid: np.ndarray) -> torch.Tensor:
+        key = hashlib.sha256(data).digest() + grid.tobytes()
         with self._lock:
             if key in self._cache:
                 self._cache.move_to_end(key)
                 return self._cache[key]
-        patches = self.patches(data)
+        patches = self.patches(data, grid)
         with self._lock:
             if key not in self._cache:
                 self._cache[key] = patches

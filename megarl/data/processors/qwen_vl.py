@@ -50,7 +50,7 @@ class QwenVLProcessor(Processor):
         self.tower_cost = tower_cost(config)
         self.patch_dim = 3 * self.image_processor.temporal_patch_size * self.patch_size**2
 
-    def grid(self, height: int, width: int) -> tuple[int, int, int]:
+    def grid(self, height: int, width: int, *, num_images: int) -> tuple[int, int, int]:
         height, width = smart_resize(
             height,
             width,
@@ -66,7 +66,7 @@ class QwenVLProcessor(Processor):
     def encoding_cost(self, media: Media) -> np.ndarray:
         return self.tower_cost(media.grids)
 
-    def patches(self, data: bytes) -> torch.Tensor:
+    def patches(self, data: bytes, grid: np.ndarray) -> torch.Tensor:
         image = decode_image(data, self.max_image_pixels)
         made = self.image_processor(
             images=[image], min_pixels=self.min_pixels, max_pixels=self.max_pixels, return_tensors="np"

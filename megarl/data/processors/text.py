@@ -16,7 +16,7 @@ class TextProcessor(Processor):
 
     patch_dim = 0
 
-    def grid(self, height: int, width: int) -> tuple[int, int, int]:
+    def grid(self, height: int, width: int, *, num_images: int) -> tuple[int, int, int]:
         raise ValueError(f"{self.config.model_type} models cannot be shown images")
 
     def num_tokens(self, media: Media) -> np.ndarray:
@@ -25,7 +25,7 @@ class TextProcessor(Processor):
     def encoding_cost(self, media: Media) -> np.ndarray:
         return np.zeros(0)
 
-    def patches(self, data: bytes) -> torch.Tensor:
+    def patches(self, data: bytes, grid: np.ndarray) -> torch.Tensor:
         raise ValueError(f"{self.config.model_type} models cannot be shown images")
 
     def engine_inputs(self, media: Media) -> list[dict[str, Any]]:

@@ -1,0 +1,180 @@
+"""LLaVA-1.5, LLaVA-NeXT and LLaVA-OneVision: images as one square, or as that and a number of square tiles."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from transformers import AutoImageProcessor, PretrainedConfig
+
+from megarl.data.images import decode_image
+from megarl.data.processors.base import Processor
+from megarl.data.vision_cost import TowerCost
+from megarl.types import Media
+from megarl.utils.anyres import best_resolution, max_tiles, num_features
+
+_HAS_CLASS_TOKEN = {"clip_vision_model": True, "siglip_vision_model": False, "dinov2": True}  # by tower's model_type
+_BLANK = Image.new("RGB", (1, 1))
+# LLaVA-1.5 was trained on Vicuna's: images before words, one space between turns, an eos after each answer
+_VICUNA_TEMPLATE = (
+    "{% if messages[0]['role'] != 'system' %}A chat between a curious user and an artificial intelligence assistant. "
+    "The assistant gives helpful, detailed, and polite answers to the user's questions. {% endif %}"
+    "{% for message in messages %}"
+    "{% if message['role'] == 'user' %}USER: {% elif message['role'] == 'assistant' %}ASSISTANT: {% endif %}"
+    "{% if message['content'] is string %}{{ message['content'] }}"
+    "{% else %}{% for part in message['content'] %}{% if part['type'] == 'image' %}<image>\n{% endif %}{% endfor %}"
+    "{% for part in message['content'] %}{% if part['type'] == 'text' %}{{ part['text'] }}{% endif %}{% endfor %}"
+    "{% endif %}{% if message['role'] == 'assistant' %}{{ eos_token }}{% else %} {% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}ASSISTANT:{% endif %}"
+)
+
+logger = logging.getLogger(__name__)
+
+
+def tower_cost(config: PretrainedConfig) -> TowerCost:
+    """Of a tower whose tiles attend to themselves, up to the last layer that features are taken of."""
+    vision = config.vision_config
+    layers = config.vision_feature_layer
+    last = [
+        i if i >= 0 else vision.num_hidden_layers + 1 + i for i in ([layers] if isinstance(layers, int) else layers)
+    ]
+    if vision.model_type == "dinov2":
+        return TowerCost(vision.hidden_size, max(last), 2 * vision.mlp_ratio * vision.hidden_size**2)
+    return TowerCost(vision.hidden_size, max(last), 2 * vision.hidden_size * vision.intermediate_size)
+
+
+class LlavaProcessor(Processor):
+    """Chat template, tokenizer and image processor of a LLaVA-1.5 directory, whatever its tower and its decoder.
+
+    Pixels are made by Hugging Face's image processor on its PIL backend, whatever else is installed: the backends
+    differ in the last bits of a resize.
+    """
+
+    def __init__(self, hf_dir: str | Path, config: PretrainedConfig, **bounds: int) -> None:
+        super().__init__(hf_dir, config, **bounds)
+        vision = config.vision_config
+        self.image_size, self.patch_size = vision.image_size, vision.patch_size
+        self.side = self.image_size // self.patch_size
+        self.patch_dim = vision.num_channels * self.patch_size**2
+        for key in ("min_pixels", "max_pixels"):
+            if bounds.get(key):
+                raise ValueError(
+                    f"model.{key}={bounds[key]}: the vision tower of {hf_dir} takes images, or tiles of images, of "
+                    f"{self.image_size} x {self.image_size} pixels only"
+                )
+        if vision.model_type not in _HAS_CLASS_TOKEN:
+            known = ", ".join(_HAS_CLASS_TOKEN)
+            raise ValueError(f"{hf_dir}: vision_config.model_type={vision.model_type!r} is not one of {known}")
+        self.tokens_per_tile = self.side**2 + _HAS_CLASS_TOKEN[vision.model_type]
+        self.tokens_per_tile -= config.vision_feature_select_strategy == "default"
+        self.tower_cost = tower_cost(config)
+        self.image_processor = AutoImageProcessor.from_pretrained(self.hf_dir, backend="pil")
+        self._check_image_processor()
+        if self.tokenizer.chat_template is None:
+            if config.model_type != "llava":
+                raise ValueError(f"{hf_dir}: the tokenizer has no chat template")
+            logger.warning("%s: the tokenizer has no chat template: Vicuna's is used", hf_dir)
+            self.tokenizer.chat_template = _VICUNA_TEMPLATE
+
+    def _check_image_processor(self) -> None:
+        """Raise unless it makes every image as large as the tower takes it."""
+        for size in ((self.image_size, 2 * self.image_size), (2 * self.image_size, self.image_size)):
+            height, width = self._tiles(Image.new("RGB", size), tiled=True).shape[-2:]
+            if (height, width) != (self.image_size, self.image_size):
+                raise ValueError(
+                    f"{self.hf_dir}: its image processor makes {height} x {width} pixels of an image of {size[1]} x "
+                    f"{size[0]}, vision_config.image_size={self.image_size}: see size and crop_size in "
+                    "preprocessor_config.json"
+                )
+
+    def grid(self, height: int, width: int, *, num_images: int) -> tuple[int, int, int]:
+        return 1, self.side, self.side
+
+    def num_tokens(self, media: Media) -> np.ndarray:
+        return np.full(len(media.grids), self.tokens_per_tile, np.int64)
+
+    def encoding_cost(self, media: Media) -> np.ndarray:
+        return self.tower_cost(media.grids)
+
+    def patches(self, data: bytes, grid: np.ndarray) -> torch.Tensor:
+        tiles = self._tiles(decode_image(data, self.max_image_pixels), tiled=bool(grid[0] > 1))
+        edge = self.side * self.patch_size  # what is beyond it no patch covers
+        cut = tiles[:, :, :edge, :edge].unflatten(3, (self.side, -1)).unflatten(2, (self.side, -1))
+        return cut.permute(0, 2, 4, 1, 3, 5).reshape(-1, self.patch_dim)
+
+    def _tiles(self, image: Image.Image, *, tiled: bool) -> torch.Tensor:
+        """[tiles, channels, height, width] float32; ``tiled``: where the model does so at all."""
+        return torch.from_numpy(self.image_processor(images=[image], return_tensors="np")["pixel_values"]).float()
+
+    def engine_inputs(self, media: Media) -> list[dict[str, Any]]:
+        """The patches, and how they are tiles, images and tokens: see ``rollout.external_processors``."""
+        return [
+            {
+                "format": "processor_output",
+                "pixel_values": self.pixel_values(media),
+                "grids": torch.as_tensor(media.grids, dtype=torch.int64),
+                "sizes": torch.as_tensor(media.sizes, dtype=torch.int64),
+                "num_tokens": self.num_tokens(media).tolist(),
+            }
+        ]
+
+
+class LlavaNextProcessor(LlavaProcessor):
+    """Images as one tile and again, at the best of ``image_grid_pinpoints``, as several."""
+
+    max_tiles: int | None = None  # of whose features an image may have as many
+
+    def __init__(self, hf_dir: str | Path, config: PretrainedConfig, **bounds: int) -> None:
+        super().__init__(hf_dir, config, **bounds)
+        self.resolutions = [tuple(resolution) for resolution in config.image_grid_pinpoints]
+        theirs = [tuple(resolution) for resolution in self.image_processor.image_grid_pinpoints]
+        if theirs != self.resolutions:
+            raise ValueError(
+                f"{hf_dir}: image_grid_pinpoints of config.json and preprocessor_config.json differ: "
+                f"{config.image_grid_pinpoints} and {self.image_processor.image_grid_pinpoints}"
+            )
+
+    def grid(self, height: int, width: int, *, num_images: int) -> tuple[int, int, int]:
+        rows, columns = self._tile_grid(height, width)
+        return 1 + rows * columns, self.side, self.side
+
+    def _tile_grid(self, height: int, width: int) -> tuple[int, int]:
+        rows, columns = best_resolution((height, width), self.resolutions)
+        return rows // self.image_size, columns // self.image_size
+
+    def num_tokens(self, media: Media) -> np.ndarray:
+        images = zip(media.grids[:, 0].tolist(), media.sizes.tolist(), strict=True)
+        return np.array([self._num_tokens(tiles, *size) for tiles, size in images], np.int64)
+
+    def _num_tokens(self, tiles: int, height: int, width: int) -> int:
+        if tiles == 1:
+            return self.tokens_per_tile + 1
+        tiled = num_features((height, width), self._tile_grid(height, width), self.side, self.max_tiles)
+        return self.tokens_per_tile + tiled
+
+    def _tiles(self, image: Image.Image, *, tiled: bool) -> torch.Tensor:
+        return super()._tiles(image, tiled=tiled)[0]
+
+
+class LlavaOnevisionProcessor(LlavaNextProcessor):
+    """As many tiles, but a bound on their tokens; an image that is not alone in its prompt is one tile."""
+
+    def __init__(self, hf_dir: str | Path, config: PretrainedConfig, **bounds: int) -> None:
+        super().__init__(hf_dir, config, **bounds)
+        self.max_tiles = max_tiles(config.vision_aspect_ratio)
+
+    def grid(self, height: int, width: int, *, num_images: int) -> tuple[int, int, int]:
+        if num_images > 1:
+            return 1, self.side, self.side
+        return super().grid(height, width, num_images=num_images)
+
+    def _tiles(self, image: Image.Image, *, tiled: bool) -> torch.Tensor:
+        if tiled:
+            return super()._tiles(image, tiled=True)
+        # images of one sample come as a list, and are not cut when there are several
+        made = self.image_processor(images=[[image, _BLANK]], return_tensors="np")["pixel_values"]
+        return torch.from_numpy(made[0]).float()

@@ -1,0 +1,234 @@
+"""LLaVA's processors against transformers' own, on images of odd sizes."""
+
+from __future__ import annotations
+
+import json
+from io import BytesIO
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, processors, trainers
+
+from megarl.config import ModelConfig, RunConfig
+from megarl.data.processors import load_processor
+from megarl.types import Prompt
+
+import transformers  # isort: skip  after torchvision_cpu
+
+SIZES = [(14, 14), (1, 1), (28, 112), (13, 91), (57, 55), (200, 301), (333, 97), (3, 500), (64, 64)]
+TILE, PATCH, SIDE = 22, 4, 5  # pixels of a tile and of a patch: two pixels along each edge have no patch
+PINPOINTS = [[TILE, 2 * TILE], [2 * TILE, TILE], [2 * TILE, 2 * TILE], [3 * TILE, TILE], [TILE, 3 * TILE]]
+MEAN = {"image_mean": [0.48, 0.45, 0.4], "image_std": [0.27, 0.26, 0.28]}
+CROP = {"size": {"shortest_edge": TILE}, "crop_size": {"height": TILE, "width": TILE}}
+KINDS = {  # configuration class, tower, options; image processor and its options
+    "clip": ("Llava", "clip_vision_model", {}, "CLIPImageProcessor", CROP),
+    "clip_full": (
+        "Llava",
+        "clip_vision_model",
+        {"vision_feature_select_strategy": "full"},
+        "LlavaImageProcessor",
+        CROP | {"do_pad": True},
+    ),
+    "siglip": (
+        "Llava",
+        "siglip_vision_model",
+        {"vision_feature_select_strategy": "full"},
+        "SiglipImageProcessor",
+        {"size": {"height": TILE, "width": TILE}},
+    ),
+    "dinov2": ("Llava", "dinov2", {}, "BitImageProcessor", CROP | {"size": {"shortest_edge": 30}}),
+    "next": (
+        "LlavaNext",
+        "clip_vision_model",
+        {"image_grid_pinpoints": PINPOINTS},
+        "LlavaNextImageProcessor",
+        CROP | {"image_grid_pinpoints": PINPOINTS},
+    ),
+    "onevision": (
+        "LlavaOnevision",
+        "siglip_vision_model",
+        {"image_grid_pinpoints": PINPOINTS, "vision_aspect_ratio": "anyres_max_2"},
+        "LlavaOnevisionImageProcessor",
+        {"size": {"height": TILE, "width": TILE}, "image_grid_pinpoints": PINPOINTS},
+    ),
+}
+TEMPLATE = (
+    "{% for message in messages %}{{ message['role'].upper() }}: {% for part in message['content'] %}"
+    "{% if part['type'] == 'image' %}<image>\n{% else %}{{ part['text'] }} {% endif %}{% endfor %}{% endfor %}"
+    "{% if add_generation_prompt %}ASSISTANT:{% endif %}"
+)
+
+
+def llama_tokenizer() -> transformers.PreTrainedTokenizerFast:
+    """Like Llama's: words begin with a space that is put before the first, and <s> before all."""
+    bpe = Tokenizer(models.BPE(unk_token="<unk>", byte_fallback=True, fuse_unk=True))
+    bpe.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+    bpe.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()])
+    special = ["<unk>", "<s>", "</s>"]
+    trainer = trainers.BpeTrainer(vocab_size=150, special_tokens=special, show_progress=False)
+    bpe.train_from_iterator(["USER: What digits are in this image? ASSISTANT: 1,2,3\n system"], trainer)
+    bpe.add_special_tokens([AddedToken("<image>", special=True, normalized=False)])
+    bpe.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
+    return transformers.PreTrainedTokenizerFast(
+        tokenizer_object=bpe, bos_token="<s>", eos_token="</s>", unk_token="<unk>"
+    )
+
+
+def write(path: Path, kind: str, *, template: str | None = TEMPLATE, **changes: object) -> Path:
+    """A model directory without weights."""
+    architecture, tower, options, image_processor, pixels = KINDS[kind]
+    words = llama_tokenizer()
+    words.chat_template = template
+    words.save_pretrained(path)
+    vision = {"model_type": tower, "image_size": TILE, "patch_size": PATCH, "num_attention_heads": 2}
+    config = {
+        "vision_config": vision,
+        "text_config": {"model_type": "llama"},
+        "image_token_index": words.convert_tokens_to_ids("<image>"),
+    } | options
+    getattr(transformers, f"{architecture}Config")(**config | changes.pop("config", {})).save_pretrained(path)
+    preprocessor = {"image_processor_type": image_processor} | MEAN | pixels | changes
+    (path / "preprocessor_config.json").write_text(json.dumps(preprocessor))
+    return path
+
+
+@pytest.fixture(scope="module")
+def directories(tmp_path_factory):
+    return {kind: write(tmp_path_factory.mktemp(kind), kind) for kind in KINDS}
+
+
+def hugging_face(path: Path) -> transformers.ProcessorMixin:
+    config = transformers.AutoConfig.from_pretrained(path)
+    class_token = config.vision_config.model_type != "siglip_vision_model"
+    tokens = {"patch_size": PATCH, "num_additional_image_tokens": int(class_token)}
+    if config.model_type == "llava_onevision":
+        tokens = {"num_image_tokens": SIDE**2, "vision_aspect_ratio": config.vision_aspect_ratio}
+    name = {"llava": "Llava", "llava_next": "LlavaNext", "llava_onevision": "LlavaOnevision"}[config.model_type]
+    parts = {"video_processor": transformers.LlavaOnevisionVideoProcessor()} if name == "LlavaOnevision" else {}
+    return getattr(transformers, f"{name}Processor")(
+        image_processor=transformers.AutoImageProcessor.from_pretrained(path, backend="pil"),
+        tokenizer=transformers.AutoTokenizer.from_pretrained(path),
+        vision_feature_select_strategy=config.vision_feature_select_strategy,
+        chat_template=TEMPLATE,
+        **tokens,
+        **parts,
+    )
+
+
+def noise(height: int, width: int, seed: int = 0) -> Image.Image:
+    return Image.fromarray(np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8))
+
+
+def ask(*pictures: Image.Image, text: str = "What digits are in this image?") -> Prompt:
+    data = []
+    for picture in pictures:
+        file = BytesIO()
+        picture.save(file, "PNG")
+        data.append(file.getvalue())
+    content = [{"type": "image"} for _ in data] + [{"type": "text", "text": text}]
+    return Prompt(id="digits/train/7", task="digits", messages=[{"role": "user", "content": content}], images=data)
+
+
+@pytest.mark.parametrize("sizes", [[size] for size in SIZES] + [[(28, 112), (57, 55), (9, 14)], []], ids=str)
+@pytest.mark.parametrize("kind", KINDS)
+def test_ids_and_pixels_equal_transformers(directories, kind, sizes):
+    processor, reference = load_processor(directories[kind]), hugging_face(directories[kind])
+    pictures = [noise(*size, seed=i) for i, size in enumerate(sizes)]
+    prompt = ask(*pictures)
+    text = reference.apply_chat_template(prompt.messages, tokenize=False, add_generation_prompt=True)
+    shown = [pictures] if kind == "onevision" else pictures  # it wants to know which images stand together
+    expected = reference(text=[text], images=shown if pictures else None, return_tensors="pt")
+    encoded = processor.encode(prompt)
+    assert encoded.tokens.tolist() == expected["input_ids"][0].tolist()
+    assert encoded.tokens[0] == processor.tokenizer.bos_token_id
+    assert encoded.media.sizes.tolist() == [list(size) for size in sizes]
+    pixels = processor.pixel_values(encoded.media)
+    assert pixels.shape == (encoded.media.num_patches, 3 * PATCH**2)
+    if not sizes:
+        return
+    tiles = expected["pixel_values"].float()
+    if tiles.dim() == 5:
+        tiles = torch.cat([t[:n] for t, n in zip(tiles, encoded.media.grids[:, 0].tolist(), strict=True)])
+    unfold = torch.nn.functional.unfold(tiles[..., : SIDE * PATCH, : SIDE * PATCH], PATCH, stride=PATCH)
+    assert torch.equal(pixels, unfold.transpose(1, 2).flatten(0, 1))
+
+
+def test_an_image_is_cut_when_it_is_alone(directories):
+    processor = load_processor(directories["onevision"])
+    picture = noise(40, 60)
+    alone, beside = processor.encode(ask(picture)), processor.encode(ask(picture, noise(9, 9)))
+    assert alone.media.grids.tolist() == [[5, SIDE, SIDE]]
+    assert beside.media.grids.tolist() == [[1, SIDE, SIDE]] * 2
+    assert len(processor.pixel_values(alone.media)) == 5 * SIDE**2
+    assert len(processor.pixel_values(beside.media)) == 2 * SIDE**2
+    assert len(processor.pixel_values(alone.media)) == 5 * SIDE**2  # not what the cache knows of the same image
+
+
+@pytest.mark.parametrize("kind", ["clip", "onevision"])
+def test_the_engine_is_told_what_the_patches_are(directories, kind):
+    processor = load_processor(directories[kind])
+    encoded = processor.encode(ask(noise(40, 60), noise(9, 9)))
+    (inputs,) = processor.engine_inputs(encoded.media)
+    assert sum(inputs["num_tokens"]) == (encoded.tokens == processor.image_token_id).sum()
+    assert inputs["sizes"].tolist() == [[40, 60], [9, 9]]
+    assert int(inputs["grids"].prod(1).sum()) == len(inputs["pixel_values"])
+
+
+def test_positions_count_from_zero(directories):
+    processor = load_processor(directories["clip"])
+    encoded = processor.encode(ask(noise(9, 9)))
+    assert processor.position_ids(encoded.tokens, encoded.media).tolist() == [list(range(len(encoded.tokens)))]
+
+
+def test_image_tokens_and_padding_are_never_sampled(directories):
+    processor = load_processor(directories["clip"])
+    assert processor.banned_token_ids == [processor.image_token_id]
+    assert processor.encode_response("1,2")[-1] == processor.eos_token_ids[0] == processor.tokenizer.eos_token_id
+
+
+def test_without_a_chat_template_it_is_vicunas(tmp_path, caplog):
+    processor = load_processor(write(tmp_path / "clip", "clip", template=None))
+    assert "Vicuna's is used" in caplog.text
+    prompt = ask(noise(9, 9), text="What?")
+    assert processor.render(prompt) == (
+        "A chat between a curious user and an artificial intelligence assistant. The assistant gives helpful, detailed,"
+        " and polite answers to the user's questions. USER: <image>\nWhat? ASSISTANT:"
+    )
+    prompt.messages = [{"role": "system", "content": "Be brief."}, *prompt.messages]
+    prompt.messages += [{"role": "assistant", "content": "Yes."}, {"role": "user", "content": "Why?"}]
+    assert processor.render(prompt) == "Be brief. USER: <image>\nWhat? ASSISTANT: Yes.</s>USER: Why? ASSISTANT:"
+    prompt.messages.append({"role": "assistant", "content": "Beca"})
+    assert processor.render(prompt).endswith("USER: Why? ASSISTANT: Beca")
+    with pytest.raises(ValueError, match="the tokenizer has no chat template"):
+        load_processor(write(tmp_path / "next", "next", template=None))
+
+
+@pytest.mark.parametrize("key", ["min_pixels", "max_pixels"])
+def test_a_tower_of_one_size_refuses_bounds(directories, key):
+    with pytest.raises(ValueError, match=rf"model\.{key}=784: the vision tower of .* 22 x 22 pixels only"):
+        load_processor(directories["next"], RunConfig(model=ModelConfig(**{key: 784})))
+
+
+@pytest.mark.parametrize(
+    ("kind", "changes", "message"),
+    [
+        (
+            "clip",
+            {"crop_size": {"height": 20, "width": 20}},
+            "makes 20 x 20 pixels of an image of 44 x 22, vision_conf",
+        ),
+        ("clip", {"do_center_crop": False}, "its image processor makes 44 x 22 pixels"),
+        (
+            "next",
+            {"image_grid_pinpoints": PINPOINTS[:2]},
+            "image_grid_pinpoints of config.json and preprocessor_config",
+        ),
+        ("clip", {"config": {"vision_config": {"model_type": "pixtral"}}}, "vision_config.model_type='pixtral' is not"),
+    ],
+)
+def test_what_does_not_fit_names_the_key(tmp_path, kind, changes, message):
+    with pytest.raises(ValueError, match=message):
+        load_processor(write(tmp_path, kind, **changes))
