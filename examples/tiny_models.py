@@ -21,6 +21,7 @@ torchvision_cpu.install()
 
 import transformers  # noqa: E402
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, trainers  # noqa: E402
+from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil  # noqa: E402
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil  # noqa: E402
 
 SPECIAL_TOKENS = [
@@ -33,6 +34,7 @@ SPECIAL_TOKENS = [
     "<|image_pad|>",
     "<|video_pad|>",
 ]
+LLAVA_TOKENS = ["<pad>", "<s>", "</s>", "<image>"]
 QWEN_WORDS = (  # Qwen2's pre-tokenizer: words take their leading space, digits stand alone
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
@@ -47,9 +49,19 @@ CHAT_TEMPLATE = (
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
 
+LLAVA_TEMPLATE = (
+    "{{ bos_token }}{% for message in messages %}"
+    "{% if message['role'] == 'user' %}USER: {% elif message['role'] == 'assistant' %}ASSISTANT: {% endif %}"
+    "{% if message['content'] is string %}{{ message['content'] }}"
+    "{% else %}{% for part in message['content'] %}"
+    "{% if part['type'] == 'image' %}<image>\n{% else %}{{ part['text'] }}{% endif %}{% endfor %}{% endif %}"
+    "{% if message['role'] == 'assistant' %}{{ eos_token }}{% else %} {% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}ASSISTANT:{% endif %}"
+)
 
-def _corpus() -> list[str]:
-    lines = ["user\n", "assistant\n", "system\n", "You are a helpful assistant."]
+
+def _corpus(turns: list[str]) -> list[str]:
+    lines = [*turns, "You are a helpful assistant."]
     for mode in ("list", "sum"):
         for style in ("direct", "think"):
             task = Digits("digits", DataConfig(), mode=mode, style=style)
@@ -60,23 +72,32 @@ def _corpus() -> list[str]:
     return lines
 
 
-def tokenizer() -> transformers.PreTrainedTokenizerFast:
-    """A byte-level BPE in which the words of the digits task are whole and every digit is one token."""
+def byte_level_bpe(
+    special: list[str], turns: list[str], template: str, **named: str
+) -> transformers.PreTrainedTokenizerFast:
+    """A byte-level BPE in which the words of the digits task and of ``turns`` are whole and every digit is one token.
+
+    ``named``: which of the ``special`` tokens is the eos_token, the pad_token, ...
+    """
     bpe = Tokenizer(models.BPE())
     split = pre_tokenizers.Split(Regex(QWEN_WORDS), behavior="isolated")
     bpe.pre_tokenizer = pre_tokenizers.Sequence([split, pre_tokenizers.ByteLevel(False, use_regex=False)])
     bpe.decoder = decoders.ByteLevel()
     alphabet = pre_tokenizers.ByteLevel.alphabet()
     trainer = trainers.BpeTrainer(
-        vocab_size=512 - len(SPECIAL_TOKENS), min_frequency=1, initial_alphabet=sorted(alphabet), show_progress=False
+        vocab_size=512 - len(special), min_frequency=1, initial_alphabet=sorted(alphabet), show_progress=False
     )
-    bpe.train_from_iterator(_corpus(), trainer)
-    bpe.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in SPECIAL_TOKENS])
-    fast = transformers.PreTrainedTokenizerFast(
-        tokenizer_object=bpe, eos_token="<|im_end|>", pad_token="<|endoftext|>", model_max_length=2048
-    )
-    fast.chat_template = CHAT_TEMPLATE
+    bpe.train_from_iterator(_corpus(turns), trainer)
+    bpe.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in special])
+    fast = transformers.PreTrainedTokenizerFast(tokenizer_object=bpe, model_max_length=2048, **named)
+    fast.chat_template = template
     return fast
+
+
+def tokenizer() -> transformers.PreTrainedTokenizerFast:
+    """Qwen's."""
+    turns = ["user\n", "assistant\n", "system\n"]
+    return byte_level_bpe(SPECIAL_TOKENS, turns, CHAT_TEMPLATE, eos_token="<|im_end|>", pad_token="<|endoftext|>")
 
 
 def qwen2_5_vl(path: str | Path, seed: int = 0, num_hidden_layers: int = 3) -> None:
@@ -170,6 +191,70 @@ def qwen3(path: str | Path, seed: int = 0, num_hidden_layers: int = 3) -> None:
         model = transformers.Qwen3ForCausalLM(config).float()
     model.generation_config = transformers.GenerationConfig(eos_token_id=[end, pad], pad_token_id=pad)
     _write(Path(path), model, words)
+
+
+def llava(path: str | Path, seed: int = 0, num_hidden_layers: int = 3) -> None:
+    """Write a random LLaVA-1.5 (a CLIP tower and a Llama, about 0.6 M parameters) to ``path``; as ``qwen2_5_vl``."""
+    words = byte_level_bpe(
+        LLAVA_TOKENS,
+        ["USER: ", " ASSISTANT:"],
+        LLAVA_TEMPLATE,
+        bos_token="<s>",
+        eos_token="</s>",
+        pad_token="<pad>",
+    )
+    ids = {token: words.convert_tokens_to_ids(token) for token in LLAVA_TOKENS}
+    text = {
+        "model_type": "llama",
+        "vocab_size": len(words),
+        "hidden_size": 128,
+        "intermediate_size": 256,
+        "num_hidden_layers": num_hidden_layers,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 4,
+        "max_position_embeddings": 2048,
+        "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0},
+        "bos_token_id": ids["<s>"],
+        "eos_token_id": ids["</s>"],
+        "pad_token_id": ids["<pad>"],
+        "tie_word_embeddings": False,
+        "initializer_range": INIT_STD,
+    }
+    vision = {
+        "model_type": "clip_vision_model",
+        "hidden_size": 64,
+        "intermediate_size": 128,
+        "num_hidden_layers": 3,  # LLaVA reads the tower before its last layer
+        "num_attention_heads": 4,
+        "image_size": 56,
+        "patch_size": 14,
+        "projection_dim": 64,
+        "initializer_range": INIT_STD,
+    }
+    config = transformers.LlavaConfig(
+        text_config=text, vision_config=vision, image_token_index=ids["<image>"], image_seq_length=16
+    )
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        model = transformers.LlavaForConditionalGeneration(config).float()
+    model.generation_config = transformers.GenerationConfig(
+        bos_token_id=ids["<s>"], eos_token_id=ids["</s>"], pad_token_id=ids["<pad>"]
+    )
+    pixels = {
+        "size": {"height": 56, "width": 56},  # the whole strip of digits, squeezed: a slot is a column of patches
+        "do_center_crop": False,
+        "image_mean": [0.1307] * 3,  # MNIST's
+        "image_std": [0.3081] * 3,
+    }
+    processor = transformers.LlavaProcessor(
+        image_processor=transformers.CLIPImageProcessor(**pixels),
+        tokenizer=words,
+        patch_size=14,
+        vision_feature_select_strategy="default",
+        num_additional_image_tokens=1,
+        chat_template=LLAVA_TEMPLATE,
+    )
+    _write(Path(path), model, processor, CLIPImageProcessorPil(**pixels))
 
 
 def _write(path: Path, *parts: object) -> None:

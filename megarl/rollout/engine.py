@@ -25,6 +25,11 @@ from megarl.config import RunConfig
 from megarl.data.processors import load_processor
 from megarl.types import FinishReason, Media
 
+EXTERNAL_ARCHITECTURES = (
+    "LlavaForConditionalGeneration",
+    "LlavaNextForConditionalGeneration",
+    "LlavaOnevisionForConditionalGeneration",
+)
 _POLL_S = 0.2  # between looks at the engine's processes
 
 
@@ -81,6 +86,17 @@ def engine_environment(tensor_parallel_size: int) -> dict[str, str]:
     return environment
 
 
+def external_environment(architecture: str) -> dict[str, str]:
+    """Environment variables that make SGLang import ``architecture`` from here, set before SGLang is imported."""
+    if architecture not in EXTERNAL_ARCHITECTURES:
+        return {}
+    return {
+        "SGLANG_EXTERNAL_MODEL_PACKAGE": "megarl.rollout.external_models",
+        "SGLANG_EXTERNAL_MM_MODEL_ARCH": architecture,
+        "SGLANG_EXTERNAL_MM_PROCESSOR_PACKAGE": "megarl.rollout.external_processors",
+    }
+
+
 def server_arguments(config: RunConfig, hf_dir: str, index: int) -> dict[str, Any]:
     """SGLang's ServerArgs of engine ``index``; ``rollout.engine`` has the last word."""
     arguments: dict[str, Any] = {
@@ -116,6 +132,8 @@ class EngineActor:
     """An SGLang engine; an async Ray actor whose methods may overlap."""
 
     def __init__(self, config: RunConfig, hf_dir: str, index: int) -> None:
+        self._processor = load_processor(hf_dir, config)
+        os.environ |= external_environment(self._processor.config.architectures[0])
         # Here, not above: the driver that creates this actor must stay free of SGLang.
         from megarl.rollout import sglang_process
 
@@ -124,7 +142,6 @@ class EngineActor:
         self._tensor_parallel_size = config.rollout.tensor_parallel_size
         self._deterministic = config.debug.deterministic
         self._top_p, self._top_k = config.rollout.top_p, config.rollout.top_k
-        self._processor = load_processor(hf_dir, config)
         self._bias = {str(token): -math.inf for token in self._processor.banned_token_ids}
         self._pixels_thread = ThreadPoolExecutor(max_workers=1)
         engine_type = sglang_process.DeterministicEngine if self._deterministic else sglang_process.RolloutEngine

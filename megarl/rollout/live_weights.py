@@ -17,6 +17,7 @@ from sglang.srt.layers.linear import (
     RowParallelLinear,
 )
 from sglang.srt.layers.vocab_parallel_embedding import VocabParallelEmbedding
+from sglang.srt.models.llama import Phi3ForCausalLM
 from torch import Tensor, nn
 
 
@@ -29,7 +30,7 @@ def _gather(shard: Tensor, size: int) -> list[Tensor]:
     return shards
 
 
-def _unfuse_qkv(name: str, module: QKVParallelLinear, parameter: Tensor) -> Iterator[tuple[str, Tensor]]:
+def _unfuse_qkv(name: str, module: QKVParallelLinear, parameter: Tensor, fused: bool) -> Iterator[tuple[str, Tensor]]:
     sizes = [module.q_proj_shard_size, module.kv_proj_shard_size, module.v_proj_shard_size]
     shards = [_gather(part, module.tp_size) for part in parameter.split(sizes)]
     replicas = module.num_kv_head_replicas  # ranks that hold the same key and value heads
@@ -37,16 +38,23 @@ def _unfuse_qkv(name: str, module: QKVParallelLinear, parameter: Tensor) -> Iter
     prefix, leaf = name.rsplit("qkv_proj.", 1)
     if name.startswith("visual."):
         yield f"{prefix}qkv.{leaf}", torch.cat([query, key, value])
+    elif fused:
+        yield name, torch.cat([query, key, value])
     else:
         yield f"{prefix}q_proj.{leaf}", query
         yield f"{prefix}k_proj.{leaf}", key
         yield f"{prefix}v_proj.{leaf}", value
 
 
-def _unfuse_gate_up(name: str, module: MergedColumnParallelLinear, parameter: Tensor) -> Iterator[tuple[str, Tensor]]:
-    gate, up = (_gather(part, module.tp_size) for part in parameter.chunk(2))
-    yield name.replace("gate_up_proj", "gate_proj"), torch.cat(gate)
-    yield name.replace("gate_up_proj", "up_proj"), torch.cat(up)
+def _unfuse_gate_up(
+    name: str, module: MergedColumnParallelLinear, parameter: Tensor, fused: bool
+) -> Iterator[tuple[str, Tensor]]:
+    gate, up = (torch.cat(_gather(part, module.tp_size)) for part in parameter.chunk(2))
+    if fused:
+        yield name, torch.cat([gate, up])
+    else:
+        yield name.replace("gate_up_proj", "gate_proj"), gate
+        yield name.replace("gate_up_proj", "up_proj"), up
 
 
 def hf_tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
@@ -55,13 +63,14 @@ def hf_tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
     A tied ``lm_head`` is the embedding and is not repeated. Padding rows of the vocabulary are cut.
     """
     modules = dict(model.named_modules())
+    fused = any(isinstance(module, Phi3ForCausalLM) for module in modules.values())  # in its checkpoints too
     for name, parameter in model.named_parameters():
         module, tensor = modules[name.rpartition(".")[0]], parameter.detach()
         is_weight = name.endswith(".weight")
         if isinstance(module, QKVParallelLinear):
-            yield from _unfuse_qkv(name, module, tensor)
+            yield from _unfuse_qkv(name, module, tensor, fused)
         elif isinstance(module, MergedColumnParallelLinear):
-            yield from _unfuse_gate_up(name, module, tensor)
+            yield from _unfuse_gate_up(name, module, tensor, fused)
         elif isinstance(module, ColumnParallelLinear):
             yield name, torch.cat(_gather(tensor, module.tp_size))
         elif isinstance(module, RowParallelLinear) and is_weight:

@@ -2,120 +2,24 @@
 
 from __future__ import annotations
 
-import json
 from io import BytesIO
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
-from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, processors, trainers
 
 from megarl.config import ModelConfig, RunConfig
 from megarl.data.processors import load_processor
 from megarl.types import Prompt
-
-import transformers  # isort: skip  after torchvision_cpu
+from tests.data.llava import KINDS, PATCH, PINPOINTS, SIDE, hugging_face, write
 
 SIZES = [(14, 14), (1, 1), (28, 112), (13, 91), (57, 55), (200, 301), (333, 97), (3, 500), (64, 64)]
-TILE, PATCH, SIDE = 22, 4, 5  # pixels of a tile and of a patch: two pixels along each edge have no patch
-PINPOINTS = [[TILE, 2 * TILE], [2 * TILE, TILE], [2 * TILE, 2 * TILE], [3 * TILE, TILE], [TILE, 3 * TILE]]
-MEAN = {"image_mean": [0.48, 0.45, 0.4], "image_std": [0.27, 0.26, 0.28]}
-CROP = {"size": {"shortest_edge": TILE}, "crop_size": {"height": TILE, "width": TILE}}
-KINDS = {  # configuration class, tower, options; image processor and its options
-    "clip": ("Llava", "clip_vision_model", {}, "CLIPImageProcessor", CROP),
-    "clip_full": (
-        "Llava",
-        "clip_vision_model",
-        {"vision_feature_select_strategy": "full"},
-        "LlavaImageProcessor",
-        CROP | {"do_pad": True},
-    ),
-    "siglip": (
-        "Llava",
-        "siglip_vision_model",
-        {"vision_feature_select_strategy": "full"},
-        "SiglipImageProcessor",
-        {"size": {"height": TILE, "width": TILE}},
-    ),
-    "dinov2": ("Llava", "dinov2", {}, "BitImageProcessor", CROP | {"size": {"shortest_edge": 30}}),
-    "next": (
-        "LlavaNext",
-        "clip_vision_model",
-        {"image_grid_pinpoints": PINPOINTS},
-        "LlavaNextImageProcessor",
-        CROP | {"image_grid_pinpoints": PINPOINTS},
-    ),
-    "onevision": (
-        "LlavaOnevision",
-        "siglip_vision_model",
-        {"image_grid_pinpoints": PINPOINTS, "vision_aspect_ratio": "anyres_max_2"},
-        "LlavaOnevisionImageProcessor",
-        {"size": {"height": TILE, "width": TILE}, "image_grid_pinpoints": PINPOINTS},
-    ),
-}
-TEMPLATE = (
-    "{% for message in messages %}{{ message['role'].upper() }}: {% for part in message['content'] %}"
-    "{% if part['type'] == 'image' %}<image>\n{% else %}{{ part['text'] }} {% endif %}{% endfor %}{% endfor %}"
-    "{% if add_generation_prompt %}ASSISTANT:{% endif %}"
-)
-
-
-def llama_tokenizer() -> transformers.PreTrainedTokenizerFast:
-    """Like Llama's: words begin with a space that is put before the first, and <s> before all."""
-    bpe = Tokenizer(models.BPE(unk_token="<unk>", byte_fallback=True, fuse_unk=True))
-    bpe.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
-    bpe.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()])
-    special = ["<unk>", "<s>", "</s>"]
-    trainer = trainers.BpeTrainer(vocab_size=150, special_tokens=special, show_progress=False)
-    bpe.train_from_iterator(["USER: What digits are in this image? ASSISTANT: 1,2,3\n system"], trainer)
-    bpe.add_special_tokens([AddedToken("<image>", special=True, normalized=False)])
-    bpe.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
-    return transformers.PreTrainedTokenizerFast(
-        tokenizer_object=bpe, bos_token="<s>", eos_token="</s>", unk_token="<unk>"
-    )
-
-
-def write(path: Path, kind: str, *, template: str | None = TEMPLATE, **changes: object) -> Path:
-    """A model directory without weights."""
-    architecture, tower, options, image_processor, pixels = KINDS[kind]
-    words = llama_tokenizer()
-    words.chat_template = template
-    words.save_pretrained(path)
-    vision = {"model_type": tower, "image_size": TILE, "patch_size": PATCH, "num_attention_heads": 2}
-    config = {
-        "vision_config": vision,
-        "text_config": {"model_type": "llama"},
-        "image_token_index": words.convert_tokens_to_ids("<image>"),
-    } | options
-    getattr(transformers, f"{architecture}Config")(**config | changes.pop("config", {})).save_pretrained(path)
-    preprocessor = {"image_processor_type": image_processor} | MEAN | pixels | changes
-    (path / "preprocessor_config.json").write_text(json.dumps(preprocessor))
-    return path
 
 
 @pytest.fixture(scope="module")
 def directories(tmp_path_factory):
     return {kind: write(tmp_path_factory.mktemp(kind), kind) for kind in KINDS}
-
-
-def hugging_face(path: Path) -> transformers.ProcessorMixin:
-    config = transformers.AutoConfig.from_pretrained(path)
-    class_token = config.vision_config.model_type != "siglip_vision_model"
-    tokens = {"patch_size": PATCH, "num_additional_image_tokens": int(class_token)}
-    if config.model_type == "llava_onevision":
-        tokens = {"num_image_tokens": SIDE**2, "vision_aspect_ratio": config.vision_aspect_ratio}
-    name = {"llava": "Llava", "llava_next": "LlavaNext", "llava_onevision": "LlavaOnevision"}[config.model_type]
-    parts = {"video_processor": transformers.LlavaOnevisionVideoProcessor()} if name == "LlavaOnevision" else {}
-    return getattr(transformers, f"{name}Processor")(
-        image_processor=transformers.AutoImageProcessor.from_pretrained(path, backend="pil"),
-        tokenizer=transformers.AutoTokenizer.from_pretrained(path),
-        vision_feature_select_strategy=config.vision_feature_select_strategy,
-        chat_template=TEMPLATE,
-        **tokens,
-        **parts,
-    )
 
 
 def noise(height: int, width: int, seed: int = 0) -> Image.Image:
@@ -224,7 +128,7 @@ def test_a_tower_of_one_size_refuses_bounds(directories, key):
         (
             "next",
             {"image_grid_pinpoints": PINPOINTS[:2]},
-            "image_grid_pinpoints of config.json and preprocessor_config",
+            "image_grid_pinpoints of config.json and of its image pr",
         ),
         ("clip", {"config": {"vision_config": {"model_type": "pixtral"}}}, "vision_config.model_type='pixtral' is not"),
     ],

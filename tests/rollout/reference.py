@@ -47,22 +47,26 @@ class HuggingFace:
     """Log-probs by transformers with the weights of ``path``, some of them replaced."""
 
     def __init__(self, path: Path, processor: Processor, replaced: dict[str, torch.Tensor] | None = None) -> None:
-        from transformers import Qwen2_5_VLForConditionalGeneration
+        from transformers import AutoModelForImageTextToText
 
         self.processor = processor
-        self.model = Qwen2_5_VLForConditionalGeneration.from_pretrained(path, dtype=torch.float32).eval()
+        self.model = AutoModelForImageTextToText.from_pretrained(path, dtype=torch.float32).eval()
         parameters = dict(self.model.named_parameters())
         for name, tensor in (replaced or {}).items():
             parameters[f"model.{name}"].data.copy_(tensor)
+
+    def images(self, media: Media) -> dict[str, torch.Tensor]:
+        """What the model takes for the images of a sequence."""
+        return {"pixel_values": self.processor.pixel_values(media), "image_grid_thw": torch.as_tensor(media.grids)}
 
     @torch.no_grad()
     def logprobs(
         self, tokens: np.ndarray, media: Media, *, temperature: float = 1.0, banned: bool = True
     ) -> np.ndarray:
         """[L - 1]: of tokens[1:], log_softmax(logits / temperature) with or without the banned ids."""
-        grids = torch.as_tensor(media.grids)
-        images = {"pixel_values": self.processor.pixel_values(media), "image_grid_thw": grids} if media.images else {}
+        images = self.images(media) if media.images else {}
         positions = torch.as_tensor(self.processor.position_ids(tokens, media))[:, None]
+        positions = positions[0] if len(positions) == 1 else positions
         ids = torch.as_tensor(tokens, dtype=torch.int64)[None]
         logits = self.model(input_ids=ids, position_ids=positions, **images).logits[0, :-1] / temperature
         if banned:

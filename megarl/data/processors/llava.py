@@ -87,8 +87,7 @@ class LlavaProcessor(Processor):
             if (height, width) != (self.image_size, self.image_size):
                 raise ValueError(
                     f"{self.hf_dir}: its image processor makes {height} x {width} pixels of an image of {size[1]} x "
-                    f"{size[0]}, vision_config.image_size={self.image_size}: see size and crop_size in "
-                    "preprocessor_config.json"
+                    f"{size[0]}, vision_config.image_size={self.image_size}: see its size and crop_size"
                 )
 
     def grid(self, height: int, width: int, *, num_images: int) -> tuple[int, int, int]:
@@ -134,7 +133,7 @@ class LlavaNextProcessor(LlavaProcessor):
         theirs = [tuple(resolution) for resolution in self.image_processor.image_grid_pinpoints]
         if theirs != self.resolutions:
             raise ValueError(
-                f"{hf_dir}: image_grid_pinpoints of config.json and preprocessor_config.json differ: "
+                f"{hf_dir}: image_grid_pinpoints of config.json and of its image processor differ: "
                 f"{config.image_grid_pinpoints} and {self.image_processor.image_grid_pinpoints}"
             )
 
