@@ -9,6 +9,7 @@ import warnings
 from pathlib import Path
 
 from megarl import __version__
+from megarl.algorithms.presets import PRESETS
 from megarl.config import RunConfig, apply_overrides, load_experiment, to_yaml
 from megarl.utils.errors import RunFailure
 
@@ -18,30 +19,30 @@ NAMED_ERRORS = (RunFailure, ValueError, FileNotFoundError, FileExistsError, NotA
 def _train(args: argparse.Namespace) -> int:
     from megarl.launch.run import train  # heavy: torch, megatron, ray
 
-    return train(load_experiment(args.file, args.overrides))
+    return train(load_experiment(args.file, args.overrides, PRESETS))
 
 
 def _sft(args: argparse.Namespace) -> int:
     from megarl.launch.run import sft
 
-    return sft(load_experiment(args.file, args.overrides))
+    return sft(load_experiment(args.file, args.overrides, PRESETS))
 
 
 def _eval(args: argparse.Namespace) -> int:
     from megarl.launch.run import evaluate
 
-    return evaluate(load_experiment(args.file, args.overrides))
+    return evaluate(load_experiment(args.file, args.overrides, PRESETS))
 
 
 def _score(args: argparse.Namespace) -> int:
     from megarl.launch.run import score
 
-    config = apply_overrides(RunConfig(), args.overrides)
+    config = apply_overrides(RunConfig(), args.overrides, PRESETS)
     return score(config, args.checkpoint, args.data, args.out, temperature=args.temperature, ban=args.ban)
 
 
 def _config(args: argparse.Namespace) -> int:
-    print(to_yaml(load_experiment(args.file, args.overrides)), end="")
+    print(to_yaml(load_experiment(args.file, args.overrides, PRESETS)), end="")
     return 0
 
 
@@ -73,7 +74,12 @@ def parser() -> argparse.ArgumentParser:
     def experiment(name: str, run, about: str) -> None:
         sub = command(name, run, about)
         sub.add_argument("file", metavar="FILE", help="an experiment (Python) or a run's config.yaml")
-        sub.add_argument("overrides", nargs="*", metavar="key=value", help="changes to its configuration")
+        sub.add_argument(
+            "overrides",
+            nargs="*",
+            metavar="key=value",
+            help="changes to its configuration; algorithm=NAME takes a preset",
+        )
 
     experiment("train", _train, "Train by reinforcement learning.")
     experiment("sft", _sft, "Train on the experts' responses of the tasks.")

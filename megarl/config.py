@@ -11,6 +11,7 @@ import difflib
 import math
 import sys
 import typing
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ from omegaconf import DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import ConfigKeyError, OmegaConfBaseException
 from yaml import YAMLError
 
+from megarl.aliases import VALUE_ALIASES, translate
 from megarl.registry import load_file
 
 CP_COMM_TYPES = ("all_gather", "a2a", "p2p")
@@ -234,24 +236,112 @@ class WeightSyncConfig:
 
 @dataclass
 class AlgorithmConfig:
-    """Names in the registries of ``megarl.algorithms`` and the knobs they share."""
+    """An algorithm as a row of choices: names in the registries of ``megarl.algorithms`` and the knobs of those.
 
+    ``megarl.algorithms.presets`` has the rows of the literature. Knobs with the name of a choice are read by it alone.
+    """
+
+    plugins: list[str] = field(default_factory=list)  # Python files that register advantages and policy losses
     advantage: str = "grpo"
     policy_loss: str = "ppo_clip"
-    loss_weights: str = "token_mean"
-    normalize_by_std: bool = True
-    clip_ratio_low: float = 0.2
-    clip_ratio_high: float = 0.2
-    clip_ratio_dual: float = 3.0
-    kl_coef: float = 0.0  # > 0 keeps a frozen reference model on the ranks
-    kl_estimator: str = "k3"
-    entropy_coef: float = 0.0
+    loss_weights: str = "token_mean"  # sequence_mean | sequence_sum | sequence_sum_norm | prompt_mean
     num_minibatches: int = 1  # optimizer steps on one rollout
     num_epochs: int = 1  # passes over one rollout
 
+    # rewards, before advantages
+    filter_key: str = ""  # train only on groups whose rewards of this name differ (DAPO: the accuracy); empty: on all
+    filter_low: float = -math.inf  # and whose mean of it lies above
+    filter_high: float = math.inf  # and below
+    filter_truncated: bool = False  # do not train on responses cut at rollout.max_new_tokens
+    overlong_buffer: float = 0.0  # fraction of rollout.max_new_tokens at its end where length is punished; 0: none
+    overlong_penalty: float = 1.0  # taken from the reward at the very end of that buffer, linearly less before
+
+    # advantages
+    std: str = "group"  # what divides rewards minus their mean: the deviation in the group | step | none
+    std_epsilon: float = 1e-6  # added to that deviation
+    advantage_clip: float = math.inf  # largest size of an advantage
+    reward_weights: dict[str, float] = field(default_factory=dict)  # of the named rewards: multi_reward, gdpo
+    gamma: float = 1.0  # discount: gae, reinforce_plus_plus
+    lam: float = 1.0  # gae
+    gpg_scale: str = "informative"  # samples counted in alpha: of groups that differ (paper) | nonzero (authors' code)
+    success_reward: float = 1.0  # from which a response counts as right: srft, expert_gate
+
+    # policy losses; a bound of .inf is none
+    clip_ratio_low: float = 0.2
+    clip_ratio_high: float = 0.2
+    clip_ratio_dual: float = 3.0  # bound of the ratio where the advantage is negative, > 1; 0: none
+    sapo_tau_positive: float = 1.0
+    sapo_tau_negative: float = 1.05
+    clip_cov_ratio: float = 2e-4  # share of the step's actions
+    clip_cov_low: float = 1.0
+    clip_cov_high: float = 5.0
+    kl_cov_ratio: float = 2e-4  # share of the step's actions
+    kl_cov_coef: float = 1.0
+
+    # losses that learn from an expert's actions too: luffy, srft, ppo_sft, chord
+    expert_weights: str = "joint"  # loss_weights over all actions | separate: over own and expert actions, then added
+    expert_gate: int = -1  # groups with at most so many right answers learn from their expert alone (HPT); -1: off
+    off_policy_reshape: str = "p_div_p"  # of an expert's action of probability p: none | logp | p_logp | square_root |
+    on_policy_reshape: str = "none"  # ... pow | p_div_p | reject; of the ratio of an own action: the same but reject
+    reshape_weight: float = 0.1  # p_div_p: p / (p + weight); logp, p_logp: the factor of log p
+    reshape_exponent: float = 0.5  # pow
+    sft_coef: float = 1.0  # ppo_sft
+    chord_mu_warmup_steps: int = 200
+    chord_mu_decay_steps: int = 400
+    chord_mu_peak: float = 0.5
+    chord_mu_valley: float = 0.02
+    chord_phi: bool = True  # weigh an expert's action of probability p by p (1 - p)
+
+    # penalties
+    entropy_coef: float = 0.0
+    kl_coef: float = 0.0  # > 0 keeps a frozen reference model on the ranks
+    kl_estimator: str = "k3"  # k1 | abs | k2 | k3, with + behind: its value with the gradient of k2
+    kl_placement: str = "loss"  # loss | reward
+    kl_controller: str = "fixed"  # fixed | adaptive: steers kl_coef to kl_target (KL in the reward)
+    kl_target: float = 0.1
+    kl_horizon: int = 10000  # samples
+
+    # the engine's log-probs are not quite the trainer's (megarl.algorithms.corrections)
+    rollout_correction: str = "none"  # none | truncate (TIS) | mask (MIS, IcePop) | reject (drop, but do not weigh)
+    rollout_correction_level: str = "token"  # ratio of a token | sequence: their product | geometric: their mean
+    rollout_correction_low: float = 0.0
+    rollout_correction_high: float = 2.0
+    bypass_old_logprobs: bool = False  # the engine's log-probs are the old policy's; saves a pass
+
     def __post_init__(self) -> None:
-        _check_positive("algorithm", self, "num_minibatches", "num_epochs")
-        _check_not_negative("algorithm", self, "clip_ratio_low", "clip_ratio_high", "clip_ratio_dual", "kl_coef")
+        def check(name: str, *choices: str) -> None:
+            check_choice(f"algorithm.{name}", getattr(self, name), choices)
+
+        check("std", "group", "step", "none")
+        check("gpg_scale", "informative", "nonzero")
+        check("expert_weights", "joint", "separate")
+        reshapes = ("none", "logp", "p_logp", "square_root", "pow", "p_div_p")
+        check("off_policy_reshape", *reshapes, "reject")
+        check("on_policy_reshape", *reshapes)
+        check("kl_placement", "loss", "reward")
+        check("kl_controller", "fixed", "adaptive")
+        check("rollout_correction", "none", "truncate", "mask", "reject")
+        check("rollout_correction_level", "token", "sequence", "geometric")
+        _check_positive("algorithm", self, "num_minibatches", "num_epochs", "std_epsilon", "rollout_correction_high")
+        _check_positive("algorithm", self, "sapo_tau_positive", "sapo_tau_negative", "kl_target", "kl_horizon")
+        _check_not_negative("algorithm", self, "kl_coef", "clip_ratio_dual", "rollout_correction_low", "sft_coef")
+        _check_not_negative("algorithm", self, "overlong_penalty", "reshape_weight", "reshape_exponent", "kl_cov_coef")
+        _check_not_negative("algorithm", self, "chord_mu_warmup_steps", "chord_mu_decay_steps")
+        for name in ("gamma", "lam", "overlong_buffer", "chord_mu_peak", "chord_mu_valley"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise ValueError(f"algorithm.{name}={getattr(self, name)} must lie in [0, 1]")
+        for name in ("clip_cov_ratio", "kl_cov_ratio"):
+            if not 0 < getattr(self, name) <= 1:
+                raise ValueError(f"algorithm.{name}={getattr(self, name)} must lie in (0, 1]")
+        for name in ("clip_ratio_low", "clip_ratio_high", "advantage_clip"):  # may be infinite
+            if not getattr(self, name) >= 0:
+                raise ValueError(f"algorithm.{name}={getattr(self, name)} must not be negative")
+        if 0 < self.clip_ratio_dual <= 1:
+            raise ValueError(f"algorithm.clip_ratio_dual={self.clip_ratio_dual} must be more than 1, or 0 for none")
+        for low in ("filter_low", "clip_cov_low", "rollout_correction_low"):
+            high = low.replace("low", "high")
+            if not getattr(self, low) < getattr(self, high):
+                raise ValueError(f"algorithm.{low}={getattr(self, low)} must be below {high}={getattr(self, high)}")
         if not math.isfinite(self.entropy_coef):
             raise ValueError(f"algorithm.entropy_coef={self.entropy_coef} must be a number")
 
@@ -364,76 +454,6 @@ class RunConfig:
         return rank // shared % self.data_parallel_size
 
 
-# What a user of verl types by habit; a tuple sets several keys.
-ALIASES: dict[str, str | tuple[str, ...]] = {
-    "data.train_batch_size": "data.prompts_per_step",
-    "data.max_response_length": "rollout.max_new_tokens",
-    "actor_rollout_ref.model.path": "model.path",
-    "rollout.n": "rollout.group_size",
-    "rollout.response_length": "rollout.max_new_tokens",
-    "rollout.tensor_model_parallel_size": "rollout.tensor_parallel_size",
-    "rollout.engine_kwargs.sglang": "rollout.engine",
-    "rollout.val_kwargs.temperature": "rollout.eval_temperature",
-    "actor.clip_ratio": ("algorithm.clip_ratio_low", "algorithm.clip_ratio_high"),
-    "actor.clip_ratio_low": "algorithm.clip_ratio_low",
-    "actor.clip_ratio_high": "algorithm.clip_ratio_high",
-    "actor.clip_ratio_c": "algorithm.clip_ratio_dual",
-    "actor.entropy_coeff": "algorithm.entropy_coef",
-    "actor.kl_loss_coef": "algorithm.kl_coef",
-    "actor.kl_loss_type": "algorithm.kl_estimator",
-    "actor.ppo_epochs": "algorithm.num_epochs",
-    "actor.ppo_max_token_len_per_gpu": "trainer.max_tokens_per_microbatch",
-    "actor.loss_agg_mode": "algorithm.loss_weights",
-    "actor.optim.lr": "optimizer.lr",
-    "actor.optim.weight_decay": "optimizer.weight_decay",
-    "actor.optim.clip_grad": "optimizer.clip_grad",
-    "actor.optim.lr_warmup_steps": "optimizer.lr_warmup_steps",
-    "actor.megatron.tensor_model_parallel_size": "parallel.tensor_model_parallel_size",
-    "actor.megatron.pipeline_model_parallel_size": "parallel.pipeline_model_parallel_size",
-    "actor.megatron.virtual_pipeline_model_parallel_size": "parallel.virtual_pipeline_model_parallel_size",
-    "actor.megatron.context_parallel_size": "parallel.context_parallel_size",
-    "actor.megatron.expert_model_parallel_size": "parallel.expert_model_parallel_size",
-    "actor.megatron.sequence_parallel": "parallel.sequence_parallel",
-    "actor.megatron.use_distributed_optimizer": "parallel.use_distributed_optimizer",
-    "actor.megatron.override_transformer_config.cp_comm_type": "parallel.cp_comm_type",
-    "actor.megatron.override_transformer_config": "model.megatron",
-    "algorithm.adv_estimator": "algorithm.advantage",
-    "algorithm.norm_adv_by_std_in_grpo": "algorithm.normalize_by_std",
-    "trainer.nnodes": "trainer.num_nodes",
-    "trainer.n_gpus_per_node": "trainer.ranks_per_node",
-    "trainer.total_training_steps": "trainer.num_steps",
-    "trainer.save_freq": "checkpoint.save_every",
-    "trainer.test_freq": "trainer.eval_every",
-    "trainer.resume_mode": "trainer.resume",
-    "trainer.resume_from_path": "trainer.resume",
-    "trainer.project_name": "observability.project",
-    "trainer.experiment_name": "name",
-    "trainer.logger": "observability.trackers",
-    "trainer.default_local_dir": "trainer.run_dir",
-}
-
-
-# verl's spelling of a value, by megarl's key.
-VALUE_ALIASES: dict[str, dict[str, str]] = {
-    "algorithm.loss_weights": {
-        "token-mean": "token_mean",
-        "seq-mean-token-mean": "sequence_mean",
-    },
-    "algorithm.kl_estimator": {"kl": "k1", "mse": "k2", "low_var_kl": "k3"},
-    "trainer.resume": {"disable": "never"},
-    "parallel.virtual_pipeline_model_parallel_size": {"null": "0", "None": "0"},
-}
-
-
-def translate(key: str) -> tuple[str, ...]:
-    """Return megarl's spelling of ``key``, which may be verl's, with or without its ``actor_rollout_ref.`` prefix."""
-    bare = key.removeprefix("+").removeprefix("actor_rollout_ref.")
-    for verl, ours in ALIASES.items():
-        if bare == verl or bare.startswith(verl + "."):
-            return tuple(name + bare[len(verl) :] for name in ([ours] if isinstance(ours, str) else ours))
-    return (bare,)
-
-
 def _leaves(tree: dict[str, Any], prefix: str = "") -> list[str]:
     """Every dotted key of a tree of dictionaries that holds a value."""
     keys = []
@@ -474,16 +494,33 @@ def _to_object(tree: DictConfig) -> RunConfig:
         raise ValueError(f"{error.full_key}: {str(error).splitlines()[0]}") from error
 
 
-def apply_overrides(config: RunConfig, overrides: list[str]) -> RunConfig:
+Presets = Mapping[str, Mapping[str, Any]]  # name -> fields of AlgorithmConfig, for ``algorithm=name``
+# Knobs of how a step is run rather than of what it computes; a preset leaves them alone unless it has them.
+STEP_KNOBS = ("plugins", "num_minibatches", "num_epochs")
+
+
+def _take_preset(tree: DictConfig, name: str, presets: Presets) -> None:
+    """Put a preset in the place of ``tree.algorithm``."""
+    check_choice("algorithm", name, presets)
+    kept = {knob: getattr(OmegaConf.to_object(tree.algorithm), knob) for knob in STEP_KNOBS}
+    tree.algorithm = OmegaConf.structured(AlgorithmConfig(**(kept | presets[name])))
+
+
+def apply_overrides(config: RunConfig, overrides: list[str], presets: Presets | None = None) -> RunConfig:
     """Return a copy of ``config`` with ``dotted.key=value`` overrides applied, every field checked against its type.
 
-    Raises ``ValueError`` that names the key: unknown (with the nearest known one), of the wrong type, or impossible.
+    ``algorithm=name`` puts the whole algorithm of that name in ``presets`` in the place of the present one; overrides
+    behind it change it. Raises ``ValueError`` that names the key: unknown (with the nearest known one), of the wrong
+    type, or impossible.
     """
     tree = OmegaConf.structured(config)
     for override in overrides:
         typed, equals, value = override.partition("=")
         if not equals:
             raise ValueError(f"{override!r} is not an override: write key=value")
+        if typed == "algorithm" and presets is not None and not value.startswith("{"):
+            _take_preset(tree, value, presets)
+            continue
         for key in translate(typed):
             translated = VALUE_ALIASES.get(key, {}).get(value, value)
             if (key, translated) != (typed, value):
@@ -492,7 +529,7 @@ def apply_overrides(config: RunConfig, overrides: list[str]) -> RunConfig:
     return _to_object(tree)
 
 
-def load_experiment(path: str | Path, overrides: list[str] | None = None) -> RunConfig:
+def load_experiment(path: str | Path, overrides: list[str] | None = None, presets: Presets | None = None) -> RunConfig:
     """Run an experiment file (or read a run's config.yaml) and return its configuration with ``overrides`` applied."""
     if Path(path).suffix in (".yaml", ".yml"):
         try:
@@ -508,7 +545,7 @@ def load_experiment(path: str | Path, overrides: list[str] | None = None) -> Run
         config = module.config() if callable(module.config) else module.config
     if not isinstance(config, RunConfig):
         raise ValueError(f"{path}: `config` is a {type(config).__name__}, not a RunConfig")
-    return apply_overrides(config, overrides or [])
+    return apply_overrides(config, overrides or [], presets)
 
 
 def to_yaml(config: RunConfig) -> str:

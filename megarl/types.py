@@ -91,9 +91,14 @@ class Trajectory:
     rollout_logprobs: np.ndarray  # [N] float32 as sampled, 0 where loss_mask is False
     weight_version: int = 0  # oldest weights that took part
     rewards: dict[str, float] = field(default_factory=dict)  # by name, before weighting
-    reward: float = 0.0
+    reward: float = 0.0  # earned at the last action
+    action_rewards: np.ndarray | None = None  # [N] float32 earned at single actions besides; None: nothing
+    greedy_reward: float | None = None  # of a greedy response to the same prompt; None: there was none
+    values: np.ndarray | None = None  # [N] float32 expected by a critic; None: there is none
+    expert_mask: np.ndarray | None = None  # [N] bool, True where an expert acted; None: nowhere
+    keep: bool = True  # False: compared with, but not trained (algorithms.filters)
     advantages: np.ndarray | None = None  # [N] float32, set by algorithms.advantages
-    loss_weights: np.ndarray | None = None  # [N] float32, set by algorithms.weights; mean one over the step's actions
+    loss_weights: np.ndarray | None = None  # [N] float32, set by algorithms.weights
 
 
 @dataclass(kw_only=True)

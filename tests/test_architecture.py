@@ -12,7 +12,7 @@ ROOT = Path(__file__).resolve().parents[1] / "megarl"
 
 # From the bottom up. A module imports from its own layer's package or from any layer below, never from above.
 LAYERS = [
-    ["types", "registry", "utils"],
+    ["types", "registry", "aliases", "utils"],
     ["config"],
     ["observability", "parallel"],
     ["kernels"],

@@ -6,7 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from megarl.config import ALIASES, RolloutConfig, RunConfig, TaskConfig, apply_overrides, load_experiment, to_yaml
+from megarl.aliases import ALIASES
+from megarl.config import RolloutConfig, RunConfig, TaskConfig, apply_overrides, load_experiment, to_yaml
 
 
 def override(*overrides: str) -> RunConfig:

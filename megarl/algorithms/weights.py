@@ -1,7 +1,8 @@
 """Loss reductions as one weight per action.
 
 The loss of an optimizer step is ``sum(weight * loss) / N`` over its N trained actions, so a reduction is a choice of
-weights and never depends on micro-batches, packing or the parallel layout. Weights are zero where ``loss_mask`` is.
+weights and never depends on micro-batches, packing or the parallel layout. Weights are zero where ``loss_mask`` is, and
+on trajectories that filters took out.
 """
 
 from __future__ import annotations
@@ -13,27 +14,55 @@ import numpy as np
 from megarl.config import AlgorithmConfig, check_choice
 from megarl.types import Trajectory
 
-# lengths [B] of trained actions, group ids [B] -> the weight [B] of an action of each trajectory, before normalisation
-_SCALES: dict[str, Callable[[np.ndarray, np.ndarray], np.ndarray]] = {
-    "token_mean": lambda lengths, groups: np.ones(len(lengths)),
-    "sequence_mean": lambda lengths, groups: 1 / lengths,
-    "prompt_mean": lambda lengths, groups: np.array([1 / lengths[groups == group].sum() for group in groups]),
+# lengths [B] > 0 of trained actions, group ids [B], longest response -> what the loss of one action of each trajectory
+# is multiplied by, [B]
+Scale = Callable[[np.ndarray, np.ndarray, int | None], np.ndarray]
+
+
+def _prompt_mean(lengths: np.ndarray, groups: np.ndarray, longest: int | None) -> np.ndarray:
+    _, group = np.unique(groups, return_inverse=True)
+    tokens = np.bincount(group, weights=lengths)
+    return 1 / (len(tokens) * tokens[group])
+
+
+LOSS_WEIGHTS: dict[str, Scale] = {
+    "token_mean": lambda lengths, groups, longest: np.full(len(lengths), 1 / lengths.sum()),
+    "sequence_mean": lambda lengths, groups, longest: 1 / (len(lengths) * lengths),
+    "sequence_sum": lambda lengths, groups, longest: np.full(len(lengths), 1 / len(lengths)),
+    "sequence_sum_norm": lambda lengths, groups, longest: np.full(len(lengths), 1 / (len(lengths) * longest)),
+    "prompt_mean": _prompt_mean,
 }
 
 
-def compute_loss_weights(trajectories: Sequence[Trajectory], config: AlgorithmConfig) -> list[np.ndarray]:
-    """Streams [N] float32, mean one over the trained actions of ``trajectories`` (those of one optimizer step).
+def compute_loss_weights(
+    trajectories: Sequence[Trajectory], config: AlgorithmConfig, longest: int | None = None
+) -> list[np.ndarray]:
+    """Streams [N] float32 for the ``trajectories`` of one optimizer step.
 
-    token_mean: every action counts the same (DAPO). sequence_mean: every trajectory does (GRPO). prompt_mean: every
-    group does. A trajectory without actions weighs nothing.
+    token_mean: the mean over actions (DAPO). sequence_mean: over trajectories, of their means over actions (GRPO).
+    sequence_sum: over trajectories, of their sums. sequence_sum_norm: those sums over the constant ``longest``, the
+    longest response there can be (Dr.GRPO). prompt_mean: over groups, of their means over actions. A trajectory without
+    trained actions does not count. ``algorithm.expert_weights=separate`` reduces own and expert actions by themselves.
     """
-    check_choice("algorithm.loss_weights", config.loss_weights, _SCALES)
-    lengths = np.array([int(t.loss_mask.sum()) for t in trajectories], np.float64)
+    check_choice("algorithm.loss_weights", config.loss_weights, LOSS_WEIGHTS)
+    if config.loss_weights == "sequence_sum_norm" and not longest:
+        raise ValueError("algorithm.loss_weights=sequence_sum_norm needs the length of the longest response")
+    trained = [t.loss_mask & t.keep for t in trajectories]
+    expert = [np.zeros_like(t.loss_mask) if t.expert_mask is None else t.expert_mask for t in trajectories]
+    parts = [trained]
+    if config.expert_weights == "separate":
+        parts = [
+            [mask & e for mask, e in zip(trained, expert, strict=True)],
+            [mask & ~e for mask, e in zip(trained, expert, strict=True)],
+        ]
     groups = np.array([t.group_id for t in trajectories])
-    acting = lengths > 0
-    scales = np.zeros(len(trajectories))
-    scales[acting] = _SCALES[config.loss_weights](lengths[acting], groups[acting])
-    total = (scales * lengths).sum()
-    if total:
-        scales *= lengths.sum() / total
-    return [(t.loss_mask * scale).astype(np.float32) for t, scale in zip(trajectories, scales, strict=True)]
+    num_actions = sum(int(mask.sum()) for mask in trained)
+    streams = [np.zeros(len(t.loss_mask), np.float32) for t in trajectories]
+    for masks in parts:
+        lengths = np.array([mask.sum() for mask in masks], np.float64)
+        acting = np.flatnonzero(lengths)
+        if len(acting):
+            scales = num_actions * LOSS_WEIGHTS[config.loss_weights](lengths[acting], groups[acting], longest)
+            for index, scale in zip(acting, scales, strict=True):
+                streams[index][masks[index]] = scale
+    return streams

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from typing import Any, Protocol
 
+from megarl.algorithms.corrections import alarm
 from megarl.config import RunConfig
 from megarl.observability.report import write_report
 from megarl.observability.rollouts import RolloutWriter
 from megarl.trainer.run import Run
 from megarl.types import Sample
+from megarl.utils.errors import RunFailure
 from megarl.workers.group import WorkerGroup
 
 
@@ -57,6 +59,21 @@ class Evaluate(Callback):
     def evaluate(self) -> dict[str, float]:
         with self.run.timer("testing"):
             return self.trainer.evaluate()
+
+
+class MismatchAlarm(Callback):
+    """Trainer and engine that disagree: told once, or the end of the run (``debug.logprob_diff_alarm``)."""
+
+    told = False
+
+    def on_step(self, samples: list[Sample], metrics: dict[str, float]) -> None:
+        threshold = self.config.debug.logprob_diff_alarm
+        text = alarm(metrics, threshold)
+        if text and threshold:
+            raise RunFailure(f"step {self.trainer.step}: {text}")
+        if text and not self.told:
+            self.told = True
+            self.run.console.message(f"step {self.trainer.step}: {text}")
 
 
 class SaveRollouts(Callback):

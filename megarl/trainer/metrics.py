@@ -7,6 +7,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from megarl.algorithms.advantages import total_rewards
 from megarl.types import Sample
 
 
@@ -21,6 +22,7 @@ def sample_metrics(samples: Sequence[Sample]) -> dict[str, float]:
             )
 
     spread("critic/score", [s.reward for s in samples])
+    spread("critic/rewards", total_rewards(samples))
     spread("critic/advantages", np.concatenate([s.advantages[s.loss_mask] for s in samples]))
     spread("response_length", [s.response_length for s in samples])
     spread("prompt_length", [len(s.tokens) - s.response_length for s in samples])

@@ -9,6 +9,7 @@ import numpy as np
 from ray.exceptions import RayError
 
 from megarl.algorithms.advantages import compute_advantages
+from megarl.algorithms.filters import apply_filters
 from megarl.algorithms.weights import compute_loss_weights
 from megarl.config import RunConfig
 from megarl.data.packing import Packing, pack_bins
@@ -19,7 +20,7 @@ from megarl.eval.loop import Evaluation
 from megarl.rewards.runner import RewardRunner
 from megarl.rollout.manager import RolloutManager
 from megarl.tasks.task import build_tasks, reward_functions
-from megarl.trainer.callbacks import Callback, Evaluate, Report, Save, SaveRollouts
+from megarl.trainer.callbacks import Callback, Evaluate, MismatchAlarm, Report, Save, SaveRollouts
 from megarl.trainer.metrics import sample_metrics
 from megarl.trainer.run import Run, prompt_source
 from megarl.trainer.sync import WeightSync
@@ -55,7 +56,13 @@ class RLTrainer:
             banned_token_ids=self.processor.banned_token_ids,
         )
         self.evaluation = Evaluation(config, self.tasks, self.processor, self.rollout, self.rewards)
-        self.callbacks: list[Callback] = [Evaluate(self), SaveRollouts(self), Save(self), Report(self)]
+        self.callbacks: list[Callback] = [
+            Evaluate(self),
+            SaveRollouts(self),
+            MismatchAlarm(self),
+            Save(self),
+            Report(self),
+        ]
         self.dropped = 0
 
     def fit(self) -> int:
@@ -126,20 +133,23 @@ class RLTrainer:
         return next((prompt for prompt in candidates if prompt.media.images), candidates[0])
 
     def weigh(self, samples: list[Sample]) -> dict[str, float]:
-        """Give every action its advantage; what the samples say for the log."""
+        """Choose what is trained and give every action its advantage; what the samples say for the log."""
+        filtered = apply_filters(samples, self.config.algorithm, self.config.rollout.max_new_tokens)
         for sample, advantages in zip(samples, compute_advantages(samples, self.config.algorithm), strict=True):
             sample.advantages = advantages
         dropped = {"data/overlong_dropped": sum(self.source.dropped.values()), "reward/dropped": self.dropped}
-        return sample_metrics(samples) | dropped
+        return sample_metrics(samples) | filtered | dropped
 
     def pack(self, samples: list[Sample]) -> list[list[list[PackedBatch]]]:
         """``[optimizer step][data-parallel rank][microbatch]``: groups are dealt to optimizer steps, then weighed."""
+        algorithm, longest = self.config.algorithm, self.config.rollout.max_new_tokens
+        samples = [sample for sample in samples if sample.keep]
         groups = np.array([sample.group_id for sample in samples])
-        parts = np.array_split(np.unique(groups), self.config.algorithm.num_minibatches)
+        parts = np.array_split(np.unique(groups), algorithm.num_minibatches)
         minibatches = []
         for part in parts:
             minibatch = [sample for sample, group in zip(samples, groups, strict=True) if group in part]
-            for sample, weights in zip(minibatch, compute_loss_weights(minibatch, self.config.algorithm), strict=True):
+            for sample, weights in zip(minibatch, compute_loss_weights(minibatch, algorithm, longest), strict=True):
                 sample.loss_weights = weights
             minibatches.append(pack_bins(minibatch, self.packing, self.workers.data_parallel_size))
         return minibatches

@@ -20,12 +20,10 @@ from typing import Any, TextIO
 
 import psutil
 
-from megarl.algorithms.advantages import ADVANTAGES
-from megarl.algorithms.penalties import KL_ESTIMATORS
-from megarl.algorithms.policy_losses import POLICY_LOSSES
+from megarl.algorithms.checks import check_algorithm
 from megarl.checkpoint import megatron as checkpoints
 from megarl.checkpoint.huggingface import read_config
-from megarl.config import RunConfig, check_choice, to_yaml
+from megarl.config import RunConfig, to_yaml
 from megarl.data.processors import Processor
 from megarl.data.source import PromptSource
 from megarl.models.family import family_of
@@ -50,16 +48,13 @@ def model_directory(config: RunConfig) -> str:
 
 def check(config: RunConfig) -> None:
     """Raise for what cannot work, before anything is started."""
-    algorithm = config.algorithm
-    check_choice("algorithm.advantage", algorithm.advantage, ADVANTAGES)
-    check_choice("algorithm.policy_loss", algorithm.policy_loss, POLICY_LOSSES)
-    check_choice("algorithm.kl_estimator", algorithm.kl_estimator, KL_ESTIMATORS)
+    check_algorithm(config)
     build_tasks(config)
     hf_config = read_config(model_directory(config))
     family_of(hf_config).validate(hf_config, config.parallel)
     longest = config.data.max_prompt_length + config.rollout.max_new_tokens
     limit = hf_config.get_text_config().max_position_embeddings
-    if algorithm.policy_loss != "sft" and longest > limit:
+    if config.algorithm.policy_loss != "sft" and longest > limit:
         raise ValueError(
             f"data.max_prompt_length={config.data.max_prompt_length} and rollout.max_new_tokens="
             f"{config.rollout.max_new_tokens} are more than the model's {limit} positions"

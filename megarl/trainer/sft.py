@@ -89,7 +89,8 @@ class SFTTrainer:
 
     def pack(self, samples: list[Sample]) -> list[list[PackedBatch]]:
         """``[data-parallel rank][microbatch]`` of ``samples``, weighed."""
-        for sample, weights in zip(samples, compute_loss_weights(samples, self.config.algorithm), strict=True):
+        longest = self.config.rollout.max_new_tokens
+        for sample, weights in zip(samples, compute_loss_weights(samples, self.config.algorithm, longest), strict=True):
             sample.loss_weights = weights
         return pack_bins(samples, self.packing, self.workers.data_parallel_size)
 

@@ -14,6 +14,7 @@ import torch
 from ray.actor import ActorHandle
 from ray.exceptions import RayActorError, RayTaskError
 
+from megarl.algorithms.corrections import finish
 from megarl.config import RunConfig
 from megarl.types import PackedBatch, VisionShare
 from megarl.utils.errors import RunFailure
@@ -160,10 +161,7 @@ def merge(totals: list[Totals]) -> dict[str, float]:
     count = max(1, sum(t.count for t in totals))
     names = dict.fromkeys(itertools.chain.from_iterable(t.sums for t in totals))
     metrics = {name: sum(t.sums.get(name, 0.0) for t in totals) / count for name in names}
-    square = metrics.pop("training/rollout_probs_diff_square", None)
-    if square is not None:
-        variance = square - metrics["training/rollout_probs_diff_mean"] ** 2
-        metrics["training/rollout_probs_diff_std"] = max(0.0, variance) ** 0.5
+    metrics = finish(metrics)
     for name in dict.fromkeys(itertools.chain.from_iterable(t.maxima for t in totals)):
         metrics[name] = max(t.maxima.get(name, 0.0) for t in totals)
     for name in dict.fromkeys(itertools.chain.from_iterable(t.seconds for t in totals)):

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
+from megarl.algorithms.selections import action_uniforms
 from megarl.models.common.vision import VisionInputs
 from megarl.parallel.context import local_positions
 from megarl.types import Media, PackedBatch
@@ -33,8 +34,10 @@ class MicroBatch:
     rollout_logprobs: Tensor  # [N] float32
     sequence_ids: Tensor  # [N] int64
     num_sequences: int
+    uniform: Tensor  # [N] float64, see Actions
     old_logprobs: Tensor | None = None  # [N] float32, by PolicyWorker.score
     ref_logprobs: Tensor | None = None  # [N] float32, by PolicyWorker.score
+    selected: Tensor | None = None  # [N] bool, by PolicyWorker.score
 
 
 def to_device(
@@ -68,6 +71,7 @@ def to_device(
     here = local_positions(torch.from_numpy(batch.cu_seqlens), cp_size, cp_rank).numpy()
     rows = np.flatnonzero(batch.loss_weights[here])
     actions = here[rows]
+    identity = (batch.position_ids[0], batch.labels, batch.rollout_logprobs, batch.advantages)
     return MicroBatch(
         tokens=tensor(batch.tokens)[None],
         position_ids=tensor(batch.position_ids)[:, None],
@@ -83,4 +87,5 @@ def to_device(
         rollout_logprobs=tensor(batch.rollout_logprobs[actions]),
         sequence_ids=tensor(batch.sequence_ids[actions]),
         num_sequences=len(batch.cu_seqlens) - 1,
+        uniform=tensor(action_uniforms(*(stream[actions] for stream in identity))),
     )

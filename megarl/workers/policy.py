@@ -23,8 +23,11 @@ import torch.distributed as dist
 from ray.actor import ActorHandle
 from torch import Tensor
 
+from megarl.algorithms.checks import load_plugins
+from megarl.algorithms.corrections import correction_weights, mismatch_metrics
 from megarl.algorithms.penalties import penalties
 from megarl.algorithms.policy_losses import Actions, policy_loss
+from megarl.algorithms.selections import SELECTIONS
 from megarl.checkpoint import megatron as checkpoints
 from megarl.checkpoint.export import export_tensors, export_to_rank_zero
 from megarl.checkpoint.huggingface import write_hf
@@ -39,6 +42,7 @@ from megarl.types import PackedBatch
 from megarl.utils.checksum import tensor_checksum
 from megarl.workers.build import build_model, build_trainable
 from megarl.workers.microbatch import MicroBatch, to_device
+from megarl.workers.selection import mark_selected
 from megarl.workers.sender import WeightSender
 
 mcore_cpu.install()
@@ -53,7 +57,7 @@ COLLECTIVE_TIMEOUT = timedelta(minutes=10)
 
 @dataclass
 class Totals:
-    """What a rank has to say about the actions it trained: sums are over actions, weighted by ``loss_weights``."""
+    """What a rank has to say about the actions it trained; sums are over actions."""
 
     count: int = 0
     sums: dict[str, float] = field(default_factory=dict)
@@ -67,6 +71,7 @@ class PolicyWorker:
 
     def __init__(self, config: RunConfig, rank: int) -> None:
         self.config, self.rank = config, rank
+        load_plugins(config.algorithm)
         self.microbatches: list[list[MicroBatch]] = []  # [optimizer step][microbatch]
         self.seconds: dict[str, float] = defaultdict(float)
         self.sender = WeightSender(config, rank)
@@ -129,15 +134,22 @@ class PolicyWorker:
             self.microbatches = [[place(batch) for batch in minibatch] for minibatch in minibatches]
 
     def score(self) -> None:
-        """Keep ``old_logprobs`` and ``ref_logprobs`` beside the actions of the step.
+        """Keep ``old_logprobs``, ``ref_logprobs`` and ``selected`` beside the actions of the step.
 
-        With a single optimizer step the old policy is the trained one, so its log-probs come with the training pass.
+        With a single optimizer step the old policy is the trained one, so its log-probs come with the training pass
+        unless a selection needs them before.
         """
-        flat = [microbatch for minibatch in self.microbatches for microbatch in minibatch]
+        flat, algorithm = [m for minibatch in self.microbatches for m in minibatch], self.config.algorithm
+        select = SELECTIONS.get(algorithm.policy_loss)
         with torch.no_grad():
-            if len(self.microbatches) * self.config.algorithm.num_epochs > 1:
+            if algorithm.bypass_old_logprobs:
+                for microbatch in flat:
+                    microbatch.old_logprobs = microbatch.rollout_logprobs
+            elif len(self.microbatches) * algorithm.num_epochs > 1 or select is not None:
                 with self.timer("old_log_prob"):
                     self._score_into(flat, self.model, "old_logprobs")
+            if select is not None and parallel_state.is_pipeline_last_stage():
+                mark_selected(flat, select, algorithm)
             if self.reference is not None:
                 with self.timer("ref"):
                     self._score_into(flat, self.reference, "ref_logprobs")
@@ -241,16 +253,18 @@ class PolicyWorker:
             sequence_ids=m.sequence_ids,
             num_sequences=m.num_sequences,
             sum_over_ranks=partial(sum_over, group=parallel_state.get_context_parallel_group()),
+            selected=m.selected,
+            uniform=m.uniform,
         )
         loss, metrics = policy_loss(actions, config)
-        penalty, penalty_metrics = penalties(actions, config)
-        metrics |= {"actor/pg_loss": loss.detach()} | penalty_metrics
-        sums = {name: (value * m.loss_weights).sum() for name, value in metrics.items()}
-        maxima = {}
         if not supervised:
-            sums |= _rollout_difference(actions)
-            difference = (actions.old_logprobs.exp() - actions.rollout_logprobs.exp()).abs()
-            maxima["training/rollout_probs_diff_max"] = difference.max() if len(difference) else difference.sum()
+            weights, correction_metrics = correction_weights(actions, config)
+            loss, metrics = loss * weights, metrics | correction_metrics | mismatch_metrics(actions, config)
+        penalty, penalty_metrics = penalties(actions, config)
+        metrics |= penalty_metrics | {"actor/pg_loss": loss.detach() * m.loss_weights}
+        sums = {name: value.sum() for name, value in metrics.items()}
+        largest = {"training/rollout_probs_diff_max": metrics.get("training/rollout_probs_diff_mean")}
+        maxima = {name: value.max() for name, value in largest.items() if value is not None and len(value)}
         count = torch.tensor(len(m.rows), dtype=torch.int, device=self.device)
         return ((loss + penalty) * m.loss_weights).sum(), count, (len(m.rows), sums, maxima)
 
@@ -327,16 +341,6 @@ class PolicyWorker:
     def _speaks(self) -> bool:
         """Whether this rank answers for its actions: of the ranks that have the same, one does."""
         return parallel_state.is_pipeline_last_stage() and parallel_state.get_tensor_model_parallel_rank() == 0
-
-
-def _rollout_difference(actions: Actions) -> dict[str, Tensor]:
-    """Sums over actions that compare the trainer's probabilities with those the engine reported."""
-    difference = (actions.old_logprobs.exp() - actions.rollout_logprobs.exp()).abs()
-    return {
-        "training/rollout_probs_diff_mean": difference.sum(),
-        "training/rollout_probs_diff_square": difference.square().sum(),
-        "training/rollout_logprobs_diff_mean": (actions.old_logprobs - actions.rollout_logprobs).abs().sum(),
-    }
 
 
 def _accumulate(totals: Totals, outputs: list[tuple[int, dict[str, Tensor], dict[str, Tensor]]]) -> None:

@@ -1,0 +1,148 @@
+"""Whether an algorithm can run as configured: its plugins load, its names exist, its parts fit and are all there."""
+
+from __future__ import annotations
+
+from megarl.algorithms.advantages import ADVANTAGES
+from megarl.algorithms.penalties import KL_CHOICES
+from megarl.algorithms.policy_losses import POLICY_LOSSES
+from megarl.algorithms.selections import SELECTIONS
+from megarl.algorithms.weights import LOSS_WEIGHTS
+from megarl.config import AlgorithmConfig, RunConfig, check_choice
+from megarl.registry import load_file
+
+_NO_EXPERT = "an expert's actions (Trajectory.expert_mask)"
+# Formulas that exist while the trainer does not make their streams yet: (knob, value) -> what is missing. Whoever makes
+# it deletes the row.
+UNWIRED: dict[tuple[str, object], str] = {
+    ("advantage", "gae"): "a critic's values (Trajectory.values)",
+    ("advantage", "remax"): "the reward of a greedy response (Trajectory.greedy_reward)",
+    ("advantage", "srft"): _NO_EXPERT,
+    ("policy_loss", "luffy"): _NO_EXPERT,
+    ("policy_loss", "srft"): _NO_EXPERT,
+    ("policy_loss", "ppo_sft"): _NO_EXPERT,
+    ("policy_loss", "chord"): f"{_NO_EXPERT} and the step (Actions.step)",
+    ("expert_weights", "separate"): _NO_EXPERT,
+}
+# Knobs that only some choices of another knob read: setting one where it does nothing is a mistake.
+_SURROGATES = ("ppo_clip", "luffy", "ppo_sft", "chord")
+_READ_BY: dict[str, tuple[str, tuple[str, ...]]] = {
+    "std": ("advantage", ("grpo", "grpo_passk", "multi_reward", "gdpo", "srft")),
+    "std_epsilon": ("advantage", ("grpo", "grpo_passk", "multi_reward", "gdpo", "srft", "max_rl")),
+    "reward_weights": ("advantage", ("multi_reward", "gdpo")),
+    "gamma": ("advantage", ("gae", "reinforce_plus_plus")),
+    "lam": ("advantage", ("gae",)),
+    "gpg_scale": ("advantage", ("gpg",)),
+    **dict.fromkeys(
+        ["clip_ratio_low", "clip_ratio_high"],
+        ("policy_loss", (*_SURROGATES, "gspo", "gmpo", "cispo", "clip_cov", "srft")),
+    ),
+    "clip_ratio_dual": ("policy_loss", _SURROGATES),
+    **dict.fromkeys(["sapo_tau_positive", "sapo_tau_negative"], ("policy_loss", ("sapo",))),
+    **dict.fromkeys(["clip_cov_ratio", "clip_cov_low", "clip_cov_high"], ("policy_loss", ("clip_cov",))),
+    **dict.fromkeys(["kl_cov_ratio", "kl_cov_coef"], ("policy_loss", ("kl_cov",))),
+    "on_policy_reshape": ("policy_loss", ("luffy",)),
+    **dict.fromkeys(["off_policy_reshape", "reshape_weight", "reshape_exponent"], ("policy_loss", ("luffy", "srft"))),
+    "sft_coef": ("policy_loss", ("ppo_sft",)),
+    **dict.fromkeys(
+        [f"chord_{name}" for name in ("mu_warmup_steps", "mu_decay_steps", "mu_peak", "mu_valley", "phi")],
+        ("policy_loss", ("chord",)),
+    ),
+    **dict.fromkeys(["kl_target", "kl_horizon"], ("kl_controller", ("adaptive",))),
+    "rollout_correction_low": ("rollout_correction", ("mask", "reject")),
+    **dict.fromkeys(
+        ["rollout_correction_level", "rollout_correction_high"], ("rollout_correction", ("truncate", "mask", "reject"))
+    ),
+}
+_RATIOS = ("ppo_clip", "gspo", "gmpo", "clip_cov", "sapo", "cispo")  # to the old policy: losses that have them
+
+
+def load_plugins(config: AlgorithmConfig) -> None:
+    """Run the files of ``algorithm.plugins``, once a process: they register advantages and policy losses."""
+    for path in config.plugins:
+        load_file(path)
+
+
+def check_algorithm(config: RunConfig) -> None:
+    """Raise a ``ValueError`` that names the key for what cannot work or would do nothing; loads the plugins."""
+    c = config.algorithm
+    load_plugins(c)
+    check_choice("algorithm.advantage", c.advantage, ADVANTAGES)
+    check_choice("algorithm.policy_loss", c.policy_loss, POLICY_LOSSES)
+    check_choice("algorithm.loss_weights", c.loss_weights, LOSS_WEIGHTS)
+    check_choice("algorithm.kl_estimator", c.kl_estimator, KL_CHOICES)
+    _check_wired(c)
+    _check_read(c)
+    _check_rewards(c, config.rollout.group_size)
+    _check_correction(c)
+
+
+def _check_wired(c: AlgorithmConfig) -> None:
+    for (knob, value), missing in UNWIRED.items():
+        if getattr(c, knob) == value:
+            raise ValueError(f"algorithm.{knob}={value} needs {missing}, which the trainer does not make yet")
+    if c.expert_gate >= 0:
+        raise ValueError(
+            f"algorithm.expert_gate={c.expert_gate} needs {_NO_EXPERT}, which the trainer does not make yet"
+        )
+    if c.kl_placement == "reward" and c.kl_coef > 0:
+        raise ValueError(
+            "algorithm.kl_placement=reward needs the reference's log-probs before advantages are computed, which the "
+            "trainer does not give yet; algorithm.kl_placement=loss works"
+        )
+    if c.kl_controller == "adaptive":
+        raise ValueError(
+            "algorithm.kl_controller=adaptive needs algorithm.kl_placement=reward, which does not work yet"
+        )
+
+
+def _check_read(c: AlgorithmConfig) -> None:
+    if c.policy_loss == "sft":  # reads next to nothing, and experiments are trained both ways
+        return
+    default = AlgorithmConfig()
+    registries = {"advantage": ADVANTAGES, "policy_loss": POLICY_LOSSES}
+    for knob, (choice, readers) in _READ_BY.items():
+        chosen = getattr(c, choice)
+        ours = choice not in registries or registries[choice][chosen].__module__.startswith("megarl.")
+        if ours and chosen not in readers and getattr(c, knob) != getattr(default, knob):
+            raise ValueError(
+                f"algorithm.{knob}={getattr(c, knob)} does nothing with algorithm.{choice}={chosen}: "
+                f"{', '.join(readers)} read it"
+            )
+    for knobs, switch, off in (
+        (("filter_low", "filter_high"), "filter_key", ""),
+        (("overlong_penalty",), "overlong_buffer", 0.0),
+    ):
+        for knob in knobs:
+            if getattr(c, switch) == off and getattr(c, knob) != getattr(default, knob):
+                raise ValueError(f"algorithm.{knob}={getattr(c, knob)} does nothing without algorithm.{switch}")
+
+
+def _check_rewards(c: AlgorithmConfig, group_size: int) -> None:
+    if c.advantage in ("multi_reward", "gdpo"):
+        if not c.reward_weights:
+            raise ValueError(f"algorithm.advantage={c.advantage} needs algorithm.reward_weights")
+        if c.overlong_buffer and "overlong" not in c.reward_weights:
+            raise ValueError(
+                f"algorithm.overlong_buffer={c.overlong_buffer} does nothing with algorithm.advantage={c.advantage} "
+                "unless algorithm.reward_weights names overlong"
+            )
+    alone = ("grpo", "dr_grpo", "rloo", "opo", "gpg", "grpo_passk", "max_rl", "multi_reward", "gdpo")
+    if group_size == 1 and c.advantage in (*alone, "reinforce_plus_plus_baseline") and c.policy_loss != "sft":
+        raise ValueError(
+            f"algorithm.advantage={c.advantage} compares the samples of a prompt with each other: "
+            "rollout.group_size=1 would teach nothing"
+        )
+
+
+def _check_correction(c: AlgorithmConfig) -> None:
+    if not c.bypass_old_logprobs:
+        return
+    if c.rollout_correction in ("truncate", "mask") and c.policy_loss in _RATIOS:
+        raise ValueError(
+            f"algorithm.bypass_old_logprobs=True: algorithm.policy_loss={c.policy_loss} has the ratio to the engine's "
+            f"probabilities in it already; algorithm.rollout_correction={c.rollout_correction} would apply it twice"
+        )
+    if c.policy_loss in SELECTIONS:
+        raise ValueError(
+            f"algorithm.policy_loss={c.policy_loss} selects by the trainer's log-probs: no bypass_old_logprobs"
+        )

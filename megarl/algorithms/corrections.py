@@ -1,0 +1,137 @@
+"""The engine that samples is not quite the policy that learns: how far apart they are, and what to do about it.
+
+Other kernels, another precision or older weights give other log-probs. ``rho``, the trainer's probability of an action
+over the engine's, can weigh the policy loss: capped (TIS, https://fengyao.notion.site/off-policy-rl) or masked outside
+of bounds (MIS, https://richardli.xyz/rl-collapse; IcePop by the Ling team). Every tensor is a flat [N] stream.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from megarl.algorithms.policy_losses import MAX_LOG_RATIO, Actions, Metrics
+from megarl.config import AlgorithmConfig
+
+WARN_AT = 0.05  # mean |difference of log-probs| that nobody set an alarm for
+_SEQUENCES = "raw/sequences"
+# Means over sequences, which ``finish`` makes from sums over actions.
+_BY_SEQUENCE = [
+    "rollout_corr/training_ppl",
+    "rollout_corr/training_log_ppl",
+    "rollout_corr/rollout_ppl",
+    "rollout_corr/rollout_log_ppl",
+    "rollout_corr/log_ppl_diff",
+    "rollout_corr/log_ppl_abs_diff",
+    "rollout_corr/ppl_ratio",
+    "rollout_corr/chi2_seq",
+]
+
+
+def _trainer_logprobs(actions: Actions, config: AlgorithmConfig) -> Tensor:
+    """The trainer's own log-probs [N]; when the engine's stand in for the old ones, the present policy's."""
+    return actions.logprobs.detach() if config.bypass_old_logprobs else actions.old_logprobs
+
+
+def _log_rho(actions: Actions, config: AlgorithmConfig) -> Tensor:
+    """[N], zero where an expert acted: the engine did not sample that."""
+    log_rho = _trainer_logprobs(actions, config) - actions.rollout_logprobs
+    return log_rho if actions.expert_mask is None else log_rho.masked_fill(actions.expert_mask, 0)
+
+
+@torch.no_grad()
+def correction_weights(actions: Actions, config: AlgorithmConfig) -> tuple[Tensor, Metrics]:
+    """What to multiply the policy loss by [N], and what to log of it.
+
+    By ``algorithm.rollout_correction``: truncate: rho, at most ``rollout_correction_high``. mask: rho, or zero where it
+    lies outside of the bounds. reject: one, or zero there. rho is that of a token, of the whole sequence (a product) or
+    their geometric mean. What weighs zero still counts among the actions that the loss is averaged over.
+    """
+    if config.rollout_correction == "none":
+        return torch.ones_like(actions.loss_weights), {}
+    log_rho = _log_rho(actions, config)
+    if config.rollout_correction_level == "sequence":
+        log_rho = actions.sum_by_sequence(log_rho)[actions.sequence_ids]
+    if config.rollout_correction_level == "geometric":
+        log_rho = actions.mean_by_sequence(log_rho)
+    rho = log_rho.clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO).exp()
+    low, high = rho < config.rollout_correction_low, rho > config.rollout_correction_high
+    if config.rollout_correction == "truncate":
+        weights = rho.clamp(max=config.rollout_correction_high)
+    else:
+        weights = torch.where(low | high, 0, rho if config.rollout_correction == "mask" else torch.ones_like(rho))
+    return weights, {
+        "rollout_corr/rollout_is_mean": weights,
+        "rollout_corr/rollout_is_eff_sample_size": weights.square(),
+        "rollout_corr/rollout_is_ratio_fraction_high": high.to(rho.dtype),
+        "rollout_corr/rollout_is_ratio_fraction_low": low.to(rho.dtype),
+        "rollout_corr/rollout_rs_masked_fraction": (weights == 0).to(rho.dtype),
+    }
+
+
+@torch.no_grad()
+def mismatch_metrics(actions: Actions, config: AlgorithmConfig) -> Metrics:
+    """How the trainer and the engine differ, under verl's names; ``finish`` completes what is averaged over a step."""
+    trainer, engine = _trainer_logprobs(actions, config), actions.rollout_logprobs
+    log_rho = _log_rho(actions, config)
+    p, q = trainer.exp(), engine.exp()
+    rho = log_rho.clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO).exp()
+    sums = actions.sum_by_sequence(torch.stack([torch.ones_like(engine), trainer, engine, log_rho], 1))
+    length, trainer_sum, engine_sum, log_rho_sum = sums[actions.sequence_ids].unbind(1)
+    share, trainer_mean, engine_mean = 1 / length, trainer_sum / length, engine_sum / length  # share of its sequence
+    log_rho_sum = log_rho_sum.clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO)
+    by_sequence = [
+        (-trainer_mean).exp(),
+        -trainer_mean,
+        (-engine_mean).exp(),
+        -engine_mean,
+        engine_mean - trainer_mean,
+        (engine_mean - trainer_mean).abs(),
+        (engine_mean - trainer_mean).exp(),
+        (2 * log_rho_sum).exp() - 1,
+    ]
+    return {
+        "training/rollout_probs_diff_mean": (p - q).abs(),
+        "training/rollout_probs_diff_std": (p - q).square(),
+        "training/rollout_logprobs_diff_mean": log_rho.abs(),
+        "raw/p": p,
+        "raw/q": q,
+        "raw/pp": p * p,
+        "raw/qq": q * q,
+        "training/rollout_actor_probs_pearson_corr": p * q,
+        "rollout_corr/kl": -log_rho,
+        "rollout_corr/k3_kl": rho - log_rho - 1,
+        "rollout_corr/chi2_token": rho.square() - 1,
+        _SEQUENCES: share,
+        **{name: value * share for name, value in zip(_BY_SEQUENCE, by_sequence, strict=True)},
+    }
+
+
+def finish(metrics: dict[str, float]) -> dict[str, float]:
+    """Complete means over a step's actions of what this module logs; the others are left alone."""
+    metrics = dict(metrics)
+    if _SEQUENCES in metrics:
+        sequences = metrics.pop(_SEQUENCES) or 1.0
+        metrics |= {name: metrics[name] / sequences for name in _BY_SEQUENCE}
+        spread = metrics["training/rollout_probs_diff_std"] - metrics["training/rollout_probs_diff_mean"] ** 2
+        metrics["training/rollout_probs_diff_std"] = max(0.0, spread) ** 0.5
+        p, q, pp, qq = (metrics.pop(f"raw/{name}") for name in ("p", "q", "pp", "qq"))
+        scale = (max(0.0, pp - p * p) * max(0.0, qq - q * q)) ** 0.5
+        correlation = "training/rollout_actor_probs_pearson_corr"
+        metrics[correlation] = (metrics[correlation] - p * q) / scale if scale else 1.0
+    square = metrics.get("rollout_corr/rollout_is_eff_sample_size")
+    if square:
+        metrics["rollout_corr/rollout_is_eff_sample_size"] = metrics["rollout_corr/rollout_is_mean"] ** 2 / square
+    return metrics
+
+
+def alarm(metrics: dict[str, float], threshold: float) -> str | None:
+    """What to tell when trainer and engine differ by more than ``threshold`` (0: ``WARN_AT``), else None."""
+    difference = metrics.get("training/rollout_logprobs_diff_mean", 0.0)
+    limit = threshold or WARN_AT
+    if difference <= limit:
+        return None
+    return (
+        f"the trainer's log-probs and the engine's differ by {difference:.3g} in the mean, more than {limit:.3g}: "
+        "check rollout.dtype, or set algorithm.rollout_correction"
+    )

@@ -1,0 +1,74 @@
+"""Which trajectories of a step are trained on, and what length costs them. Rewards and flags only: no model."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from megarl.algorithms.advantages import group_indices, named_rewards
+from megarl.config import AlgorithmConfig
+from megarl.types import Sample, Trajectory
+
+
+def informative_groups(trajectories: Sequence[Trajectory], config: AlgorithmConfig) -> np.ndarray:
+    """DAPO's dynamic sampling (arXiv:2503.14476): [B] bool, True where a group has something to teach.
+
+    The rewards named ``algorithm.filter_key`` differ in it, and their mean lies between ``filter_low`` and
+    ``filter_high``. Name the accuracy: a total that includes the format differs where nobody is right.
+    """
+    keep = np.ones(len(trajectories), bool)
+    if config.filter_key:
+        rewards = named_rewards(trajectories, config.filter_key, "algorithm.filter_key")
+        for group in group_indices(trajectories):
+            differ = len(group) == 1 or np.ptp(rewards[group]) > 0
+            keep[group] = differ and config.filter_low < rewards[group].mean() < config.filter_high
+    return keep
+
+
+def overlong_punishment(lengths: np.ndarray, longest: int, buffer: float) -> np.ndarray:
+    """DAPO's soft over-long punishment: [B] from 0 to -1, linear over the last ``buffer`` tokens of ``longest``."""
+    if buffer <= 0:
+        return np.where(lengths > longest, -1.0, 0.0)
+    return -((lengths - (longest - buffer)) / buffer).clip(0, 1)
+
+
+def expert_gate(trajectories: Sequence[Trajectory], config: AlgorithmConfig) -> np.ndarray:
+    """HPT's switch (arXiv:2509.04419): [B] bool, True for what a group learns from.
+
+    At most ``algorithm.expert_gate`` of its own responses are right: the expert's alone. Otherwise: its own alone.
+    A group without an expert keeps its own.
+    """
+    keep = np.ones(len(trajectories), bool)
+    if config.expert_gate >= 0:
+        expert = np.array([t.expert_mask is not None and bool(t.expert_mask.any()) for t in trajectories])
+        right = np.array([t.reward >= config.success_reward for t in trajectories])
+        for group in group_indices(trajectories):
+            num_right = (right[group] & ~expert[group]).sum()
+            imitate = expert[group].any() and num_right <= config.expert_gate
+            keep[group] = expert[group] if imitate else ~expert[group]
+    return keep
+
+
+def apply_filters(samples: Sequence[Sample], config: AlgorithmConfig, longest: int) -> dict[str, float]:
+    """Set ``keep``, and the punishment for length as what the last action earns besides; what to log.
+
+    longest: the most tokens that a response may have.
+    """
+    keep = informative_groups(samples, config) & expert_gate(samples, config)
+    metrics = {"filter/kept_ratio": float(keep.mean())} if config.filter_key or config.expert_gate >= 0 else {}
+    if config.filter_truncated:
+        truncated = np.array([sample.finish_reason == "length" for sample in samples])
+        keep &= ~truncated
+        metrics["filter/truncated_ratio"] = float(truncated.mean())
+    for sample, kept in zip(samples, keep, strict=True):
+        sample.keep = bool(kept)
+    if config.overlong_buffer:
+        lengths = np.array([sample.response_length for sample in samples])
+        punishment = overlong_punishment(lengths, longest, config.overlong_buffer * longest)
+        for sample, value in zip(samples, config.overlong_penalty * punishment, strict=True):
+            sample.rewards["overlong"] = float(value)
+            sample.action_rewards = np.zeros(len(sample.loss_mask), np.float32)
+            sample.action_rewards[np.flatnonzero(sample.loss_mask)[-1:]] = value
+        metrics["filter/overlong_ratio"] = float((punishment < 0).mean())
+    return metrics
