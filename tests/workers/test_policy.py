@@ -4,7 +4,6 @@ import dataclasses
 
 import numpy as np
 import pytest
-import torch
 
 from megarl.config import (
     AlgorithmConfig,
@@ -35,20 +34,14 @@ LAYOUTS = {
 }
 
 
-def sequence_ratio(actions, config):
-    """A loss of whole sequences, as GSPO (arXiv:2507.18071) has it, without clipping."""
-    ratio = actions.sum_by_sequence(actions.log_ratio) / actions.sum_by_sequence(torch.ones_like(actions.logprobs))
-    return -actions.advantages * ratio[actions.sequence_ids].exp(), {}
-
-
-def config_of(path, parallel, world_size, share_prompts, policy_loss="ppo_clip"):
+def config_of(path, parallel, world_size, share_prompts, algorithm=()):
     return RunConfig(
         model=ModelConfig(path=str(path)),
         parallel=parallel,
         optimizer=OptimizerConfig(lr=1e-3),
         data=DataConfig(prompts_per_step=3),
         tasks={"digits": TaskConfig(path="megarl.tasks.digits:Digits", kwargs={"order": "random"})},
-        algorithm=AlgorithmConfig(policy_loss=policy_loss, kl_coef=0.1, entropy_coef=0.01, num_minibatches=2),
+        algorithm=AlgorithmConfig(kl_coef=0.1, entropy_coef=0.01, num_minibatches=2, **dict(algorithm)),
         trainer=TrainerConfig(ranks_per_node=world_size, max_tokens_per_microbatch=128, share_prompts=share_prompts),
     )
 
@@ -82,19 +75,17 @@ def samples_of(config, processor):
     return samples
 
 
-def train_once(path, parallel, world_size, share_prompts, policy_loss):
+def train_once(path, parallel, world_size, share_prompts, algorithm):
     """On a rank: load, score, train, export; the totals of ranks that speak and the weights of rank 0."""
     import torch.distributed as dist
     from megatron.core import parallel_state as ps
 
-    from megarl.algorithms.policy_losses import POLICY_LOSSES
     from megarl.algorithms.weights import compute_loss_weights
     from megarl.checkpoint.export import export_to_rank_zero
     from megarl.data.packing import Packing, pack_bins
     from megarl.workers.policy import PolicyWorker
 
-    POLICY_LOSSES.setdefault("sequence_ratio", sequence_ratio)
-    config = config_of(path, parallel, world_size, share_prompts, policy_loss)
+    config = config_of(path, parallel, world_size, share_prompts, algorithm)
     worker = PolicyWorker(config, dist.get_rank())
     worker.prepare()
     worker.build(str(path), trainable=True)
@@ -104,7 +95,7 @@ def train_once(path, parallel, world_size, share_prompts, policy_loss):
     assert rank == ps.get_data_parallel_rank()
     minibatches = []
     for part in (samples[:6], samples[6:]):
-        for sample, weights in zip(part, compute_loss_weights(part, config.algorithm), strict=True):
+        for sample, weights in zip(part, compute_loss_weights(part, config.algorithm, longest=40), strict=True):
             sample.loss_weights = weights
         minibatches.append(pack_bins(part, packing, size)[rank])
     worker.load(minibatches)
@@ -153,11 +144,11 @@ def one_rank(model, pool):
     return run(model, pool, "one rank")
 
 
-def run(model, pool, layout, share_prompts=False, policy_loss="ppo_clip"):
+def run(model, pool, layout, share_prompts=False, **algorithm):
     from megarl.workers.group import merge
 
     world_size, parallel = LAYOUTS[layout]
-    results = pool.run(train_once, world_size, model, parallel, world_size, share_prompts, policy_loss)
+    results = pool.run(train_once, world_size, model, parallel, world_size, share_prompts, algorithm)
     return merge([totals for totals, _ in results if totals is not None]), results[0][1]
 
 
@@ -190,9 +181,27 @@ def test_scores_are_whole_and_weights_leave_as_they_came(model, pool, layout):
     assert results[0][1:] == (count, [])
 
 
-def test_a_loss_of_whole_sequences_may_be_shared_by_ranks(model, pool):
-    shared, whole = (run(model, pool, layout, policy_loss="sequence_ratio") for layout in ("cp2", "one rank"))
-    assert_same_step(shared, whole)
+ALGORITHMS = {
+    "of whole sequences": {
+        "policy_loss": "gmpo",
+        "loss_weights": "sequence_mean",
+        "rollout_correction": "truncate",
+        "rollout_correction_level": "geometric",
+        "rollout_correction_high": 0.0025,  # about what the made-up log-probs are off by
+    },
+    "of the whole step": {"policy_loss": "kl_cov", "kl_cov_ratio": 0.1, "kl_cov_coef": 10.0},
+    "with a lot": {"policy_loss": "clip_cov", "clip_cov_ratio": 0.2, "clip_cov_low": 0.0, "clip_cov_high": 1e6},
+    "past the old policy": {"bypass_old_logprobs": True, "loss_weights": "sequence_sum_norm"},
+}
+
+
+@pytest.mark.parametrize("what", ALGORITHMS)
+def test_an_algorithm_does_not_depend_on_the_layout(model, pool, what):
+    """Statistics of sequences that ranks share, choices among the actions of all ranks and microbatches."""
+    metrics, weights = run(model, pool, "one rank", **ALGORITHMS[what])
+    for name in ("actor/cov_selected_frac", "rollout_corr/rollout_is_ratio_fraction_high"):
+        assert 0 < metrics.get(name, 0.5) < 1
+    assert_same_step(run(model, pool, "dp2 cp2", **ALGORITHMS[what]), (metrics, weights))
 
 
 def assert_same_step(result, one_rank, tolerance=1e-4):
