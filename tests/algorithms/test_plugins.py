@@ -1,41 +1,34 @@
-"""Advantages and losses from a user's file, here and on the ranks."""
+"""Advantages and losses from a user's file: the one that the README shows."""
+
+import re
+from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
 from megarl.algorithms.advantages import ADVANTAGES, compute_advantages, register_advantage
 from megarl.algorithms.checks import check_algorithm
-from megarl.algorithms.policy_losses import POLICY_LOSSES, register_policy_loss
+from megarl.algorithms.policy_losses import POLICY_LOSSES, policy_loss, register_policy_loss
 from megarl.config import AlgorithmConfig, RunConfig, apply_overrides
 from tests.algorithms.test_advantages import trajectory
+from tests.algorithms.test_losses import actions_of
 
-PLUGIN = """
-from megarl.algorithms.advantages import register_advantage, total_rewards
-from megarl.algorithms.policy_losses import register_policy_loss
-
-@register_advantage
-def median_baseline(trajectories, config):
-    rewards = total_rewards(trajectories)
-    middle = sorted(rewards)[len(rewards) // 2]
-    return [t.loss_mask * (r - middle) for t, r in zip(trajectories, rewards)]
-
-@register_policy_loss
-def soft_reinforce(actions, config):
-    return -actions.advantages * actions.logprobs.exp(), {}
-"""
+README = Path(__file__).resolve().parents[2] / "README.md"
 
 
 @pytest.fixture
 def plugin(tmp_path):
     path = tmp_path / "plugin.py"
-    path.write_text(PLUGIN)
+    (code,) = (code for code in re.findall(r"```python\n(.*?)```", README.read_text(), re.S) if "@register" in code)
+    path.write_text(code)
     yield path
     ADVANTAGES.pop("median_baseline", None)
-    POLICY_LOSSES.pop("soft_reinforce", None)
+    POLICY_LOSSES.pop("soft_clip", None)
 
 
 def test_a_plugin_registers_by_its_names(plugin):
-    overrides = ["algorithm.advantage=median_baseline", "algorithm.policy_loss=soft_reinforce"]
+    overrides = ["algorithm.advantage=median_baseline", "algorithm.policy_loss=soft_clip"]
     with pytest.raises(ValueError, match=r"algorithm\.advantage='median_baseline' is not one of"):
         check_algorithm(apply_overrides(RunConfig(), overrides))
     config = apply_overrides(RunConfig(), [f"algorithm.plugins={plugin}", *overrides, "algorithm.clip_ratio_low=0.1"])
@@ -43,7 +36,10 @@ def test_a_plugin_registers_by_its_names(plugin):
     batch = [trajectory(0, reward, [0, 1]) for reward in (0.0, 1.0, 5.0)]
     streams = compute_advantages(batch, config.algorithm)
     np.testing.assert_allclose([stream[1] for stream in streams], [-1, 0, 4])
-    assert "soft_reinforce" in POLICY_LOSSES
+    actions = actions_of()
+    loss, metrics = policy_loss(actions, config.algorithm)
+    torch.testing.assert_close(loss, -actions.advantages * torch.tanh(actions.logprobs - actions.old_logprobs))
+    assert metrics.keys() == {"actor/ppo_kl", "actor/log_ratio"}
 
 
 def test_a_broken_plugin_is_named_with_its_line(tmp_path):
