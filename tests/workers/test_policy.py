@@ -105,6 +105,27 @@ def train_once(path, parallel, world_size, share_prompts, algorithm):
     return totals and dataclasses.replace(totals, seconds={}), weights
 
 
+def train_nothing(path):
+    """On a rank: a step from which filters took everything; the totals and whether the weights stayed."""
+    import torch.distributed as dist
+
+    from megarl.checkpoint.export import export_to_rank_zero
+    from megarl.data.packing import Packing, pack_bins
+    from megarl.workers.policy import PolicyWorker
+
+    config = config_of(path, ParallelConfig(), 2, False, {"policy_loss": "kl_cov"})
+    worker = PolicyWorker(config, dist.get_rank())
+    worker.prepare()
+    worker.build(str(path), trainable=True)
+    before = {name: tensor.clone() for name, tensor in export_to_rank_zero(worker.model, worker.mappings)}
+    bins = pack_bins([], Packing.of(config, worker.processor), config.data_parallel_size)
+    worker.load([bins[dist.get_rank()]] * 2)
+    worker.score()
+    totals = worker.train()
+    after = dict(export_to_rank_zero(worker.model, worker.mappings))
+    return totals, all(tensor.equal(before[name]) for name, tensor in after.items())
+
+
 def score_once(path, parallel, world_size):
     """On a rank: log-probs of all bins, and names of exported tensors that are not those of the files."""
     import torch.distributed as dist
@@ -179,6 +200,16 @@ def test_scores_are_whole_and_weights_leave_as_they_came(model, pool, layout):
     (logprobs,) = (outputs for outputs, _, _ in results if outputs is not None)
     np.testing.assert_allclose(logprobs, expected, rtol=1e-4, atol=1e-5)
     assert results[0][1:] == (count, [])
+
+
+def test_a_step_with_nothing_to_train_changes_nothing(model, pool):
+    from megarl.workers.group import merge
+
+    results = pool.run(train_nothing, 2, model)
+    assert all(same for _, same in results)
+    metrics = merge([totals for totals, _ in results])
+    assert metrics["actor/grad_norm"] == 0
+    assert all(np.isfinite(value) for value in metrics.values())
 
 
 ALGORITHMS = {
