@@ -10,6 +10,7 @@ import os
 import shutil
 import tempfile
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -100,12 +101,60 @@ def tokenizer() -> transformers.PreTrainedTokenizerFast:
     return byte_level_bpe(SPECIAL_TOKENS, turns, CHAT_TEMPLATE, eos_token="<|im_end|>", pad_token="<|endoftext|>")
 
 
+PIXELS = {  # of an image and of a frame
+    "patch_size": 14,
+    "merge_size": 2,
+    "temporal_patch_size": 2,
+    "min_pixels": 28**2,
+    "max_pixels": 64 * 28**2,
+    "image_mean": [0.1307] * 3,  # MNIST's
+    "image_std": [0.3081] * 3,
+}
+VISION = {
+    "depth": 2,
+    "num_heads": 4,
+    "patch_size": 14,
+    "spatial_merge_size": 2,
+    "temporal_patch_size": 2,
+    "initializer_range": INIT_STD,
+}
+
+
+def qwen2_vl(path: str | Path, seed: int = 0, num_hidden_layers: int = 3) -> None:
+    """Write a random Qwen2-VL (about 0.7 M parameters) to ``path``; the directory appears whole or not at all."""
+    vision = VISION | {"embed_dim": 64, "mlp_ratio": 2, "hidden_size": 128, "in_chans": 3}  # SGLang reads in_chans
+    _qwen_vl(path, seed, "Qwen2VL", _text(num_hidden_layers), vision)
+
+
 def qwen2_5_vl(path: str | Path, seed: int = 0, num_hidden_layers: int = 3) -> None:
     """Write a random Qwen2.5-VL (about 0.7 M parameters) to ``path``; the directory appears whole or not at all."""
-    words = tokenizer()
-    ids = {token: words.convert_tokens_to_ids(token) for token in SPECIAL_TOKENS}
-    text = {
-        "vocab_size": len(words),
+    vision = VISION | {
+        "hidden_size": 64,
+        "intermediate_size": 128,
+        "window_size": 112,
+        "fullatt_block_indexes": [1],  # block 0 attends within windows
+        "out_hidden_size": 128,
+    }
+    _qwen_vl(path, seed, "Qwen2_5_VL", _text(num_hidden_layers), vision)
+
+
+def qwen3_vl(path: str | Path, seed: int = 0, num_hidden_layers: int = 3) -> None:
+    """Write a random Qwen3-VL (about 0.8 M parameters) to ``path``; the directory appears whole or not at all."""
+    vision = VISION | {
+        "hidden_size": 64,
+        "intermediate_size": 128,
+        "out_hidden_size": 128,
+        "num_position_embeddings": 64,
+        "deepstack_visual_indexes": [0],
+    }
+    text = _text(num_hidden_layers) | {"head_dim": 32}
+    text["rope_parameters"] = text["rope_parameters"] | {"mrope_section": [6, 5, 5], "mrope_interleaved": True}
+    _qwen_vl(path, seed, "Qwen3VL", text, vision)
+
+
+def _text(num_hidden_layers: int) -> dict[str, Any]:
+    """The decoder of any generation."""
+    return {
         "hidden_size": 128,
         "intermediate_size": 256,
         "num_hidden_layers": num_hidden_layers,
@@ -115,26 +164,18 @@ def qwen2_5_vl(path: str | Path, seed: int = 0, num_hidden_layers: int = 3) -> N
         "rope_theta": 10000.0,
         "rope_parameters": {"rope_type": "default", "mrope_section": [4, 6, 6], "rope_theta": 10000.0},
         "bos_token_id": None,
-        "eos_token_id": ids["<|im_end|>"],
-        "pad_token_id": ids["<|endoftext|>"],
         "tie_word_embeddings": True,
         "initializer_range": INIT_STD,
     }
-    vision = {
-        "depth": 2,
-        "hidden_size": 64,
-        "intermediate_size": 128,
-        "num_heads": 4,
-        "patch_size": 14,
-        "spatial_merge_size": 2,
-        "temporal_patch_size": 2,
-        "window_size": 112,
-        "fullatt_block_indexes": [1],  # block 0 attends within windows
-        "out_hidden_size": 128,
-        "initializer_range": INIT_STD,
-    }
-    config = transformers.Qwen2_5_VLConfig(
-        text_config=text,
+
+
+def _qwen_vl(path: str | Path, seed: int, name: str, text: dict[str, Any], vision: dict[str, Any]) -> None:
+    """``name``: what the classes of transformers begin with."""
+    words = tokenizer()
+    ids = {token: words.convert_tokens_to_ids(token) for token in SPECIAL_TOKENS}
+    end, pad = ids["<|im_end|>"], ids["<|endoftext|>"]
+    config = getattr(transformers, f"{name}Config")(
+        text_config=text | {"vocab_size": len(words), "eos_token_id": end, "pad_token_id": pad},
         vision_config=vision,
         image_token_id=ids["<|image_pad|>"],
         video_token_id=ids["<|video_pad|>"],
@@ -145,25 +186,20 @@ def qwen2_5_vl(path: str | Path, seed: int = 0, num_hidden_layers: int = 3) -> N
     )
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        model = transformers.Qwen2_5_VLForConditionalGeneration(config).float()
-    model.generation_config = transformers.GenerationConfig(
-        eos_token_id=[ids["<|im_end|>"], ids["<|endoftext|>"]], pad_token_id=ids["<|endoftext|>"]
-    )
-    pixels = {
-        "patch_size": 14,
-        "merge_size": 2,
-        "temporal_patch_size": 2,
-        "min_pixels": 28**2,
-        "max_pixels": 64 * 28**2,
-    }
-    pixels |= {"image_mean": [0.1307] * 3, "image_std": [0.3081] * 3}  # MNIST's
-    processor = transformers.Qwen2_5_VLProcessor(
-        image_processor=transformers.Qwen2VLImageProcessor(**pixels),
+        model = getattr(transformers, f"{name}ForConditionalGeneration")(config).float()
+    model.generation_config = transformers.GenerationConfig(eos_token_id=[end, pad], pad_token_id=pad)
+    videos = dict(PIXELS)
+    if name == "Qwen3VL":  # bounds of a video's frames together
+        videos["size"] = {"shortest_edge": videos.pop("min_pixels"), "longest_edge": 8 * videos.pop("max_pixels")}
+    processor = getattr(transformers, f"{name}Processor")(
+        image_processor=transformers.Qwen2VLImageProcessor(**PIXELS),
         tokenizer=words,
-        video_processor=transformers.Qwen2VLVideoProcessor(**pixels),
+        video_processor=getattr(
+            transformers, "Qwen3VLVideoProcessor" if name == "Qwen3VL" else "Qwen2VLVideoProcessor"
+        )(**videos),
         chat_template=CHAT_TEMPLATE,
     )
-    _write(Path(path), model, processor, Qwen2VLImageProcessorPil(**pixels))
+    _write(Path(path), model, processor, Qwen2VLImageProcessorPil(**PIXELS))
 
 
 def qwen3(path: str | Path, seed: int = 0, num_hidden_layers: int = 3) -> None:

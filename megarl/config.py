@@ -162,15 +162,21 @@ class DataConfig:
     val_files: list[str] = field(default_factory=list)
     prompt_key: str = "prompt"
     image_key: str = "images"
+    video_key: str = "videos"
     answer_key: str = "answer"
     target_key: str = "target"  # an expert's response, for supervised training
     prompts_per_step: int = 16
     shuffle: bool = True
     max_prompt_length: int = 1024  # tokens, images included; longer prompts are dropped and counted
-    max_image_pixels: int = 64_000_000  # a larger image is refused before it is decoded
+    max_image_pixels: int = 64_000_000  # a larger image or frame is refused before it is decoded
+    max_video_pixels: int = 64_000_000_000  # a video with more in all its frames is refused before it is decoded
+    max_media_bytes: int = 256 << 20  # a larger file of an image or a video is refused
+    video_fps: float = 2.0  # frames a second that the model sees of a video
+    max_video_frames: int = 768  # frames that the model sees of a video; of a longer one fewer a second
 
     def __post_init__(self) -> None:
-        _check_positive("data", self, "prompts_per_step", "max_prompt_length", "max_image_pixels")
+        _check_positive("data", self, "prompts_per_step", "max_prompt_length", "max_image_pixels", "max_video_pixels")
+        _check_positive("data", self, "max_media_bytes", "video_fps", "max_video_frames")
 
 
 @dataclass

@@ -13,7 +13,8 @@ from typing import Any, Literal
 import numpy as np
 
 FinishReason = Literal["stop", "length", "abort"]
-Message = dict[str, Any]  # {"role": str, "content": str | [{"type": "text", "text": str} | {"type": "image"}]}
+# {"role": str, "content": str | [{"type": "text", "text": str} | {"type": "image"} | {"type": "video"}]}
+Message = dict[str, Any]
 
 
 @dataclass
@@ -27,12 +28,23 @@ class Media:
     sizes: np.ndarray = field(default_factory=lambda: np.zeros((0, 2), np.int64))  # [I, 2] (height, width) as read
     seconds: np.ndarray = field(
         default_factory=lambda: np.zeros(0, np.float32)
-    )  # [I] between a video's patches in time; 0 for an image
+    )  # [I] between a video's patches in time, more than 0; 0 for an image
 
     def __post_init__(self) -> None:
         lengths = [len(self.images), len(self.grids), len(self.sizes), len(self.seconds)]
         if len(set(lengths)) != 1:
             raise ValueError("images, grids, sizes and seconds of {}, {}, {} and {} media".format(*lengths))
+
+    @property
+    def is_video(self) -> np.ndarray:
+        """[I] bool."""
+        return self.seconds > 0
+
+    @property
+    def keys(self) -> list[tuple[bytes, bytes, bool]]:
+        """What makes a medium the same as another: the file, its grid, and whether it is shown as a video."""
+        grids = (grid.tobytes() for grid in self.grids)
+        return list(zip(self.images, grids, self.is_video.tolist(), strict=True))
 
     @property
     def num_patches(self) -> int:
@@ -61,11 +73,12 @@ class Prompt:
 
     id: str  # unique and stable: "<task>/<split>/<index>"
     task: str  # key in RunConfig.tasks
-    messages: list[Message]  # chat form; every {"type": "image"} takes the next of ``images``
+    messages: list[Message]  # chat form; every {"type": "image"} takes the next of ``images``, "video" of ``videos``
     images: list[bytes] = field(default_factory=list)  # encoded
     answer: Any = None  # whatever the task's reward compares with (verl: ground_truth)
     target: str | None = None  # an expert's response, for supervised training
     metadata: dict[str, Any] = field(default_factory=dict)
+    videos: list[bytes] = field(default_factory=list)  # encoded, or frames that ``data.videos.pack_frames`` packed
 
 
 @dataclass

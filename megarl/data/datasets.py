@@ -1,8 +1,10 @@
 """Rows of JSONL and parquet files, and the prompts they hold.
 
-A row is ``{"prompt": str | [messages], "images": [...], "answer": ...}`` under the keys that ``DataConfig`` names. An
-image is a path (relative to the file), encoded bytes, or ``{"bytes": ..., "path": ...}``; ``<image>`` in a text is its
-place. verl's rows are rows: ``reward_model.ground_truth`` stands in for a missing answer, and ``data_source`` and
+A row is ``{"prompt": str | [messages], "images": [...], "videos": [...], "answer": ...}`` under the keys that
+``DataConfig`` names. An image is a path (relative to the file), encoded bytes, or ``{"bytes": ..., "path": ...}``;
+``<image>`` in a text is its place. So is a video, ``<video>``, which may also be a list of images, its frames, or
+``{"video": path or list, "fps": ...}``; ``fps`` is the rate of a list, without it ``data.video_fps``. verl's rows are
+rows: ``reward_model.ground_truth`` stands in for a missing answer, and ``data_source`` and
 ``extra_info`` reach the reward. Files are held in memory; large image sets belong in JSONL, which names image files.
 """
 
@@ -10,14 +12,17 @@ from __future__ import annotations
 
 import difflib
 import json
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from megarl.config import DataConfig
+from megarl.data.videos import pack_frames
 from megarl.types import Message, Prompt
 
-IMAGE = "<image>"
+PLACEHOLDERS = {"<image>": "image", "<video>": "video"}
+_PLACES = re.compile("|".join(PLACEHOLDERS))
 
 
 @dataclass(frozen=True)
@@ -39,14 +44,17 @@ class Row:
     def prompt(self, id: str, task: str, data: DataConfig) -> Prompt:
         """The row as a prompt; columns that ``data`` does not name go to ``metadata``. Errors name file:line."""
         self._check_keys(data)
-        images = self._images(data.image_key)
-        messages = _place_images(self._messages(data.prompt_key), len(images), self.where, data.image_key)
-        taken = (data.prompt_key, data.image_key, data.answer_key, data.target_key)
+        images = [self._image(image, name, data) for image, name in self._list(data.image_key)]
+        videos = [self._video(video, name, data) for video, name in self._list(data.video_key)]
+        media = {"image": (len(images), data.image_key), "video": (len(videos), data.video_key)}
+        messages = _place(self._messages(data.prompt_key), media, self.where)
+        taken = (data.prompt_key, data.image_key, data.video_key, data.answer_key, data.target_key)
         return Prompt(
             id=id,
             task=task,
             messages=messages,
             images=images,
+            videos=videos,
             answer=self._answer(data.answer_key),
             target=self.values.get(data.target_key),
             metadata={key: value for key, value in self.values.items() if key not in taken},
@@ -56,6 +64,7 @@ class Row:
         """A key that is almost one of ours, while ours is missing, is a slip and not a column of the user's."""
         options = {
             data.image_key: "data.image_key",
+            data.video_key: "data.video_key",
             data.answer_key: "data.answer_key",
             data.target_key: "data.target_key",
         }
@@ -82,21 +91,21 @@ class Row:
                 raise ValueError(f"{self.where}: {key}[{number}].content is neither a text nor a list of parts")
             for place, part in enumerate(message["content"] if isinstance(message["content"], list) else []):
                 kind = part.get("type") if isinstance(part, dict) else None
-                if kind != "image" and not (kind == "text" and isinstance(part.get("text"), str)):
+                known = kind in PLACEHOLDERS.values() or (kind == "text" and isinstance(part.get("text"), str))
+                if not known:
                     raise ValueError(
                         f"{self.where}: {key}[{number}].content[{place}] is neither "
-                        '{"type": "text", "text": ...} nor {"type": "image"}'
+                        '{"type": "text", "text": ...} nor {"type": "image"} nor {"type": "video"}'
                     )
         return prompt
 
-    def _images(self, key: str) -> list[bytes]:
-        images = self.values.get(key)
-        if images is None:
-            return []
-        images = images if isinstance(images, list) else [images]
-        return [self._image(image, f"{key}[{index}]") for index, image in enumerate(images)]
+    def _list(self, key: str) -> list[tuple[Any, str]]:
+        """The entries under ``key``, none where it is missing, with their names for errors."""
+        values = self.values.get(key)
+        values = [] if values is None else values if isinstance(values, list) else [values]
+        return [(value, f"{key}[{index}]") for index, value in enumerate(values)]
 
-    def _image(self, image: Any, name: str) -> bytes:
+    def _image(self, image: Any, name: str, data: DataConfig) -> bytes:
         if isinstance(image, dict) and image.get("bytes") is not None:
             image = image["bytes"]
         elif isinstance(image, dict) and "path" in image:
@@ -105,24 +114,45 @@ class Row:
             return image
         if not isinstance(image, str):
             raise ValueError(f"{self.where}: {name} is {type(image).__name__}, neither a path nor bytes")
+        path = self.folder / image
         try:
-            return (self.folder / image).read_bytes()
+            if path.stat().st_size > data.max_media_bytes:
+                raise ValueError(
+                    f"{self.where}: {name}: {path} is larger than data.max_media_bytes={data.max_media_bytes}"
+                )
+            return path.read_bytes()
         except OSError as error:
-            raise ValueError(f"{self.where}: {name}: cannot read {self.folder / image}: {error.strerror}") from error
+            raise ValueError(f"{self.where}: {name}: cannot read {path}: {error.strerror}") from error
+
+    def _video(self, video: Any, name: str, data: DataConfig) -> bytes:
+        fps = data.video_fps
+        if isinstance(video, dict) and video.get("video") is not None:
+            if video.get("fps") is not None:
+                fps = video["fps"]
+            video = video["video"]
+        if not isinstance(video, list):
+            return self._image(video, name, data)
+        if not isinstance(fps, int | float) or not fps > 0:
+            raise ValueError(f"{self.where}: {name}.fps={fps!r} is not a positive number")
+        frames = [self._image(frame, f"{name}[{number}]", data) for number, frame in enumerate(video)]
+        if not frames:
+            raise ValueError(f"{self.where}: {name} has no frames")
+        return pack_frames(frames, float(fps))
 
 
-def _place_images(messages: list[Message], num_images: int, where: str, key: str) -> list[Message]:
-    """Write every ``<image>`` as a part; with no placeholder at all the images come first in the first user message."""
+def _place(messages: list[Message], media: dict[str, tuple[int, str]], where: str) -> list[Message]:
+    """Write every ``<image>`` and ``<video>`` as a part; media without any placeholder of their kind come first in the
+    first user message. ``media``: how many there are of each kind, and under which key."""
     placed = [{**message, "content": _parts(message["content"])} for message in messages]
-    count = sum(part.get("type") == "image" for message in placed for part in message["content"])
-    if count == 0 and num_images:
-        for message in placed:
-            if message["role"] == "user":
-                message["content"] = [{"type": "image"}] * num_images + message["content"]
-                count = num_images
-                break
-    if count != num_images:
-        raise ValueError(f"{where}: {count} image placeholders for {num_images} images in {key!r}")
+    counts = {kind: sum(p["type"] == kind for m in placed for p in m["content"]) for kind in media}
+    first = next((message for message in placed if message["role"] == "user"), None)
+    for kind in reversed(media):
+        if counts[kind] == 0 and first is not None:
+            first["content"] = [{"type": kind}] * media[kind][0] + first["content"]
+            counts[kind] = media[kind][0]
+    for kind, (number, key) in media.items():
+        if counts[kind] != number:
+            raise ValueError(f"{where}: {counts[kind]} {kind} placeholders for {number} {kind}s in {key!r}")
     return placed
 
 
@@ -130,12 +160,16 @@ def _parts(content: str | list[dict[str, Any]]) -> list[dict[str, Any]]:
     parts: list[dict[str, Any]] = []
     if isinstance(content, list):
         for part in content:
-            parts += _parts(part["text"]) if part["type"] == "text" else [{"type": "image"}]
+            parts += _parts(part["text"]) if part["type"] == "text" else [{"type": part["type"]}]
         return parts
-    for number, text in enumerate(content.split(IMAGE)):
-        parts += [{"type": "image"}] if number else []
+    written = 0
+    for place in _PLACES.finditer(content):
+        text = content[written : place.start()]
         parts += [{"type": "text", "text": text}] if text else []
-    return parts
+        parts.append({"type": PLACEHOLDERS[place.group()]})
+        written = place.end()
+    text = content[written:]
+    return [*parts, {"type": "text", "text": text}] if text else parts
 
 
 def read_rows(paths: list[str] | list[Path]) -> list[Row]:

@@ -56,8 +56,11 @@ def decode_image(data: bytes, max_pixels: int) -> Image.Image:
     """The image as RGB, upright; the first frame of an animation."""
     image, orientation = _open(data, max_pixels)
     _load(image)
-    if orientation in _TRANSPOSES:
-        image = image.transpose(_TRANSPOSES[orientation])
+    return to_rgb(image.transpose(_TRANSPOSES[orientation]) if orientation in _TRANSPOSES else image)
+
+
+def to_rgb(image: Image.Image) -> Image.Image:
+    """A decoded image of any mode as RGB, transparent parts on white."""
     if image.mode in ("F", "I"):
         raise ValueError(f"cannot tell black from white in an image of mode {image.mode}: save it with 8 or 16 bits")
     if image.mode.startswith("I;16"):  # Pillow's conversion would clip everything above 255 to white

@@ -245,7 +245,7 @@ def _even_out(samples: Sequence[Sample], bins: list[list[int]], packing: Packing
     whole = itertools.groupby(order, key=(lambda i: _prompt(samples[i])) if packing.share_prompts else None)
     units = sorted(([*members] for _, members in whole), key=length, reverse=True)
     dealt: list[list[int]] = [[] for _ in bins]
-    loads, patches = [0] * len(bins), [dict[bytes, int]() for _ in bins]
+    loads, patches = [0] * len(bins), [dict[tuple[bytes, bytes, bool], int]() for _ in bins]
     for unit in units:
         size, shown = length(unit), {k: v for i in unit for k, v in _patches(samples[i]).items()}
         for number in sorted(range(len(bins)), key=loads.__getitem__):
@@ -262,10 +262,9 @@ def _even_out(samples: Sequence[Sample], bins: list[list[int]], packing: Packing
     return [sorted(bin, key=place.__getitem__) for bin in dealt]
 
 
-def _patches(sample: Sample) -> dict[tuple[bytes, bytes], int]:
-    """By image and grid."""
-    media = sample.media
-    return {(image, grid.tobytes()): int(grid.prod()) for image, grid in zip(media.images, media.grids, strict=True)}
+def _patches(sample: Sample) -> dict[tuple[bytes, bytes, bool], int]:
+    """By image or video, and grid."""
+    return dict(zip(sample.media.keys, sample.media.grids.prod(axis=1).tolist(), strict=True))
 
 
 def _fill(samples: Sequence[Sample], order: list[int], packing: Packing, max_tokens: int) -> list[list[int]]:

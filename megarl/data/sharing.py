@@ -85,8 +85,7 @@ def _distinct(shown: Sequence[Media]) -> tuple[Media, list[list[int]]]:
     everything = Media.concatenate(shown)
     first: dict[tuple, int] = {}
     selected, index = [], []
-    for number, (image, grid) in enumerate(zip(everything.images, everything.grids.tolist(), strict=True)):
-        key = (image, *grid)
+    for number, key in enumerate(everything.keys):
         if key not in first:
             first[key] = len(first)
             selected.append(number)

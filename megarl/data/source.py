@@ -27,14 +27,17 @@ class PromptTask(Protocol):
 class Encoder(Protocol):
     """What this module asks of a processor."""
 
-    def encode(self, prompt: Prompt) -> EncodedPrompt: ...
+    def lay_out(self, prompt: Prompt) -> EncodedPrompt: ...
+
+    def check(self, encoded: EncodedPrompt) -> None: ...
 
 
 class PromptSource:
     """Training prompts of ``tasks`` (name -> task, weight) in an order that depends on ``seed`` and counters alone.
 
     Finite tasks are shuffled anew every epoch (``data.shuffle``); endless ones start at a place of their seed. Prompts
-    longer than ``data.max_prompt_length`` are dropped and counted, never cut. The mixture keeps every task's share of
+    longer than ``data.max_prompt_length`` are dropped and counted, never cut; after the first epoch they are not read
+    again. The mixture keeps every task's share of
     the prompts handed out within one of its weight's share.
     """
 
@@ -56,6 +59,9 @@ class PromptSource:
                 raise ValueError(f"task {name!r} has no training prompts")
         self.drawn = dict.fromkeys(self.tasks, 0)  # prompts taken from each task, dropped ones included
         self.dropped = dict.fromkeys(self.tasks, 0)  # over-long
+        self._overlong: dict[str, set[int]] = {
+            name: set() for name in self.tasks
+        }  # indices known to be, of finite tasks
         self._orders: dict[str, tuple[int, np.ndarray]] = {}  # task -> (epoch, its permutation)
 
     def next(self, n: int) -> list[EncodedPrompt]:
@@ -71,11 +77,19 @@ class PromptSource:
     def _next_of(self, name: str) -> EncodedPrompt:
         limit, patience = self.data.max_prompt_length, self.sizes[name] or _PATIENCE
         for _ in range(patience):
-            encoded = self.processor.encode(self.tasks[name].prompt("train", self._index(name)))
+            index = self._index(name)
             self.drawn[name] += 1
+            if index in self._overlong[name]:
+                self.dropped[name] += 1
+                continue
+            # headers of images are enough to see that a prompt is too long
+            encoded = self.processor.lay_out(self.tasks[name].prompt("train", index))
             if len(encoded.tokens) <= limit:
+                self.processor.check(encoded)
                 return encoded
             self.dropped[name] += 1
+            if self.sizes[name] is not None:
+                self._overlong[name].add(index)
             logger.log(
                 logging.WARNING if self.dropped[name] == 1 else logging.DEBUG,
                 "%s: dropped: %d tokens are more than data.max_prompt_length=%d (further ones are only counted)",

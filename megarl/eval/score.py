@@ -73,8 +73,9 @@ def to_sample(row: Row, processor: Processor) -> Sample:
     vocab_size = len(processor.tokenizer)
     if not len(ids) or not all(isinstance(i, int | np.integer) and 0 <= i < vocab_size for i in ids):
         raise ValueError(f"{row.where}: response_ids must be a list of ids from 0 to {vocab_size - 1}, at least one")
-    if processor.image_token_id in ids:
-        raise ValueError(f"{row.where}: a response shows no image, but has the token {processor.image_token_id}")
+    for token in processor.media_token_ids:
+        if token in ids:
+            raise ValueError(f"{row.where}: a response shows no image or video, but has the token {token}")
     tokens = np.concatenate([encoded.tokens, np.asarray(ids)]).astype(np.int32)
     responded = np.arange(len(tokens)) >= len(encoded.tokens)
     return Sample(

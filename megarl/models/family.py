@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from megatron.core import parallel_state
 from megatron.core.transformer.module import MegatronModule
@@ -49,13 +49,15 @@ class Family:
 
 QWEN_VL = Family(
     name="qwen_vl",
-    architectures=("Qwen2_5_VLForConditionalGeneration",),
+    architectures=("Qwen2VLForConditionalGeneration", "Qwen2_5_VLForConditionalGeneration"),
     build=QwenVLModel,
     mappings=qwen_vl_mappings,
     validate=qwen_vl_validate,
     canonical_name=qwen_vl_canonical_name,
     probe=qwen_vl_probe,
 )
+
+QWEN3_VL = replace(QWEN_VL, name="qwen3_vl", architectures=("Qwen3VLForConditionalGeneration",), canonical_name=str)
 
 LLAVA = Family(
     name="llava",
@@ -82,7 +84,7 @@ TEXT = Family(
 )
 
 FAMILIES: dict[str, Family] = {
-    architecture: family for family in (QWEN_VL, LLAVA, TEXT) for architecture in family.architectures
+    architecture: family for family in (QWEN_VL, QWEN3_VL, LLAVA, TEXT) for architecture in family.architectures
 }
 
 

@@ -1,11 +1,11 @@
-"""Rollouts on disk: one JSON line a sample, its images as files beside them."""
+"""Rollouts on disk: one JSON line a sample, its images and the first frames of its videos as files beside them."""
 
 from __future__ import annotations
 
 import hashlib
 import json
 import os
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -38,11 +38,15 @@ def _advantage(sample: Sample) -> float | None:
 
 
 class RolloutWriter:
-    """Writes ``rollouts/step_000010.jsonl`` and ``rollouts/images/<hash>.<format>`` in a run's directory."""
+    """Writes ``rollouts/step_000010.jsonl`` and ``rollouts/images/<hash>.<format>`` in a run's directory.
 
-    def __init__(self, run_dir: str | Path) -> None:
+    ``first_frame`` makes an encoded image of an encoded video.
+    """
+
+    def __init__(self, run_dir: str | Path, first_frame: Callable[[bytes], bytes]) -> None:
         self.directory = Path(run_dir) / "rollouts"
         self._images = self.directory / "images"
+        self._first_frame = first_frame
 
     def write(self, step: int, samples: list[Sample]) -> Path:
         """Write the samples of a step, replacing what an earlier try of that step wrote; return the file."""
@@ -61,7 +65,7 @@ class RolloutWriter:
             "prompt_id": prompt.id,
             "task": prompt.task,
             "messages": flatten(prompt.messages),
-            "images": [self._save(image) for image in sample.media.images],
+            "images": [self._save(data, video) for data, _, video in sample.media.keys],
             "answer": prompt.answer if isinstance(prompt.answer, str | int | float | None) else str(prompt.answer),
             "response": sample.response,
             "finish_reason": sample.finish_reason,
@@ -73,11 +77,11 @@ class RolloutWriter:
             "weight_version": int(sample.weight_version),
         }
 
-    def _save(self, image: bytes) -> str:
-        name = hashlib.sha256(image).hexdigest()[:24] + _suffix(image)
+    def _save(self, data: bytes, video: bool) -> str:
+        name = hashlib.sha256(data).hexdigest()[:24] + ("_video.png" if video else _suffix(data))
         path = self._images / name
         if not path.exists():
-            path.write_bytes(image)
+            path.write_bytes(self._first_frame(data) if video else data)
         return name
 
 

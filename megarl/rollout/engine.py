@@ -104,6 +104,7 @@ def server_arguments(config: RunConfig, hf_dir: str, index: int) -> dict[str, An
         "dtype": config.rollout.dtype or config.model.dtype,
         "tp_size": config.rollout.tensor_parallel_size,
         "enable_multimodal": True,
+        "enable_precise_embedding_interpolation": True,  # Qwen3-VL's learned positions, in CUDA graphs as elsewhere
         "random_seed": config.seed + index,
         "weight_version": "0",
         "log_level": "error",
@@ -159,7 +160,7 @@ class EngineActor:
 
     async def generate(self, request: Request) -> list[Response]:
         """Sample ``request.num_samples`` continuations, in the order of their seeds where there are any."""
-        image_data = await self._image_data(request.media)
+        shown = await self._shown(request.media)
         parameters = {
             "temperature": request.temperature,
             "top_p": self._top_p if request.temperature > 0 else 1.0,
@@ -169,13 +170,13 @@ class EngineActor:
             "logit_bias": self._bias or None,
         }
         if request.batch is None:
-            outputs = await self._submit(request.tokens, image_data, parameters | {"n": request.num_samples})
+            outputs = await self._submit(request.tokens, shown, parameters | {"n": request.num_samples})
         else:
             batch = request.batch
             calls = []
             for offset, seed in enumerate(request.seeds or []):
                 rid = self._sglang.batch_rid(batch.name, batch.index + offset, batch.total)
-                calls.append(self._submit(request.tokens, image_data, parameters | {"sampling_seed": seed}, rid=rid))
+                calls.append(self._submit(request.tokens, shown, parameters | {"sampling_seed": seed}, rid=rid))
             outputs = [output for answer in await asyncio.gather(*calls) for output in answer]
         return [self._response(request, output) for output in outputs]
 
@@ -185,9 +186,9 @@ class EngineActor:
         The softmax runs over the whole true vocabulary, banned ids included: SGLang masks sampled tokens only. Where
         the target is a banned id (an image placeholder, ...) the value is 0: SGLang replaces placeholders by hashes.
         """
-        image_data = await self._image_data(media)
+        shown = await self._shown(media)
         parameters = {"temperature": 1.0, "max_new_tokens": 0}
-        (output,) = await self._submit(tokens, image_data, parameters, logprob_start_len=0)
+        (output,) = await self._submit(tokens, shown, parameters, logprob_start_len=0)
         values = output["meta_info"]["input_token_logprobs"][1:]
         logprobs = np.array([value for value, _, _ in values], np.float32)
         if len(logprobs) != len(tokens) - 1:
@@ -270,16 +271,21 @@ class EngineActor:
         """Stop SGLang's processes; the actor itself is the caller's to end."""
         self._engine.shutdown()
 
-    async def _image_data(self, media: Media) -> list[dict[str, Any]] | None:
+    async def _shown(self, media: Media) -> dict[str, Any]:
+        """What SGLang takes for the images and videos of a prompt."""
         if not media.images:
-            return None
-        loop = asyncio.get_running_loop()
-        return await loop.run_in_executor(self._pixels_thread, self._processor.engine_inputs, media)
+            return {}
+
+        def shown() -> dict[str, Any]:
+            processor = self._processor
+            return {"image_data": processor.engine_inputs(media), "video_data": processor.engine_videos(media)}
+
+        return await asyncio.get_running_loop().run_in_executor(self._pixels_thread, shown)
 
     async def _submit(
         self,
         tokens: np.ndarray,
-        image_data: list[dict[str, Any]] | None,
+        shown: dict[str, Any],
         parameters: dict[str, Any],
         *,
         logprob_start_len: int = -1,
@@ -287,11 +293,11 @@ class EngineActor:
     ) -> list[dict[str, Any]]:
         message = self._sglang.GenerateReqInput(
             input_ids=tokens.tolist(),
-            image_data=image_data,
             sampling_params=parameters,
             return_logprob=True,
             logprob_start_len=logprob_start_len,
             rid=rid,
+            **{name: data for name, data in shown.items() if data},
         )
         outputs = await self._watched(anext(self._manager.generate_request(message)))
         outputs = outputs if isinstance(outputs, list) else [outputs]

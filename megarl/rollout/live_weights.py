@@ -57,11 +57,24 @@ def _unfuse_gate_up(
         yield name.replace("gate_up_proj", "up_proj"), up
 
 
+# What SGLang calls the parts of a model whose checkpoint calls them otherwise, by class.
+_QWEN3_VL = {"visual.": "model.visual.", "model.": "model.language_model."}
+PREFIXES = {"Qwen3VLForConditionalGeneration": _QWEN3_VL, "Qwen3VLMoeForConditionalGeneration": _QWEN3_VL}
+
+
 def hf_tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
     """Yield every weight of ``model`` once, whole and under its checkpoint name; all tensor-parallel ranks call it.
 
     A tied ``lm_head`` is the embedding and is not repeated. Padding rows of the vocabulary are cut.
     """
+    prefixes = PREFIXES.get(type(model).__name__, {})
+    for name, tensor in _unfused(model):
+        prefix = next((prefix for prefix in prefixes if name.startswith(prefix)), None)
+        yield name if prefix is None else prefixes[prefix] + name.removeprefix(prefix), tensor
+
+
+def _unfused(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """The same under SGLang's names."""
     modules = dict(model.named_modules())
     fused = any(isinstance(module, Phi3ForCausalLM) for module in modules.values())  # in its checkpoints too
     for name, parameter in model.named_parameters():

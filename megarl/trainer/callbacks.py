@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any, Protocol
 
 from megarl.algorithms.corrections import alarm
 from megarl.config import RunConfig
+from megarl.data.videos import Limits, first_frame
 from megarl.observability.report import write_report
 from megarl.observability.rollouts import RolloutWriter
 from megarl.trainer.run import Run
@@ -81,7 +83,9 @@ class SaveRollouts(Callback):
 
     def __init__(self, trainer: Trainer) -> None:
         super().__init__(trainer)
-        self.writer = RolloutWriter(self.run.directory)
+        data = self.config.data
+        limits = Limits(data.max_image_pixels, data.max_video_pixels)
+        self.writer = RolloutWriter(self.run.directory, partial(first_frame, limits=limits))
 
     def on_step(self, samples: list[Sample], metrics: dict[str, float]) -> None:
         every = self.config.observability.save_rollouts_every

@@ -32,10 +32,10 @@ CASES = {
 
 @pytest.fixture(scope="module")
 def references(tmp_path_factory):
-    """``references(name)``: the directory and the samples of a tiny model, made once."""
+    """``references(name, family)``: the directory and the samples of a tiny model, made once."""
     from tests.checkpoint.training import tiny
 
-    return cache(lambda name: tiny(name, tmp_path_factory.mktemp(name)))
+    return cache(lambda name, family="qwen2_5_vl": tiny(name, tmp_path_factory.mktemp(name), family=family))
 
 
 def case_config(case: str, reference: Reference):
@@ -160,16 +160,17 @@ def train_and_save(reference: Reference, layout: tuple[int, ...], directory: str
 
 
 @pytest.mark.parametrize(
-    ("name", "saved", "loaded"),
+    ("family", "name", "saved", "loaded"),
     [
-        ("gqa2_tied", (4, (2, 2)), [(1, (1, 1)), (2, (1, 2)), (2, (2, 1)), (2, (1, 1))]),
-        ("gqa4_untied", (4, (2, 2)), [(1, (1, 1)), (2, (1, 2)), (2, (2, 1)), (2, (1, 1))]),
-        ("deep_tied", (4, (2, 2)), [(2, (1, 1, 2)), (2, (1, 2, 1, 2))]),
-        ("deep_tied", (2, (1, 2, 1, 2)), [(1, (1, 1)), (4, (2, 1, 2))]),
+        ("qwen2_5_vl", "gqa2_tied", (4, (2, 2)), [(1, (1, 1)), (2, (1, 2)), (2, (2, 1)), (2, (1, 1))]),
+        ("qwen2_5_vl", "gqa4_untied", (4, (2, 2)), [(1, (1, 1)), (2, (1, 2)), (2, (2, 1)), (2, (1, 1))]),
+        ("qwen2_5_vl", "deep_tied", (4, (2, 2)), [(2, (1, 1, 2)), (2, (1, 2, 1, 2))]),
+        ("qwen2_5_vl", "deep_tied", (2, (1, 2, 1, 2)), [(1, (1, 1)), (4, (2, 1, 2))]),
+        ("qwen3_vl", "seed0", (4, (2, 2)), [(1, (1, 1))]),
     ],
 )
-def test_any_layout_continues_with_the_same_losses(pool, references, tmp_path, name, saved, loaded):
-    reference = references(name)
+def test_any_layout_continues_with_the_same_losses(pool, references, tmp_path, family, name, saved, loaded):
+    reference = references(name, family)
     expected = pool.run(continue_at, 1, reference, (1, 1), "", 5)[0]
     first = pool.run(train_and_save, saved[0], reference, saved[1], str(tmp_path), 3)[0]
     assert first == pytest.approx(expected[:3], rel=1e-5)

@@ -1,4 +1,4 @@
-"""A few training steps of a tiny Qwen2.5-VL on the ranks of the pool: what the checkpoint tests interrupt."""
+"""A few training steps of a tiny model on the ranks of the pool: what the checkpoint tests interrupt."""
 
 from __future__ import annotations
 
@@ -26,8 +26,8 @@ from megarl.models.mapping import Mapping
 from megarl.parallel import groups
 from megarl.parallel.pipeline import forward_backward
 from megarl.utils.checksum import tensor_checksum
+from tests.models.families import FAMILIES
 from tests.models.parity import MICROBATCHES, packed
-from tests.models.qwen_vl import Qwen25VL
 from tests.models.reference import BANNED, Batch, Reference, trained
 
 
@@ -46,11 +46,12 @@ class Trainable:
         return self.chunks[0] if len(self.chunks) == 1 else self.model
 
 
-def tiny(name: str, directory: Path, dtype: torch.dtype = torch.float32) -> Reference:
+def tiny(name: str, directory: Path, dtype: torch.dtype = torch.float32, *, family: str = "qwen2_5_vl") -> Reference:
     """Write the tiny model ``name`` to ``directory``; its samples with weight one on every prediction."""
-    model = Qwen25VL().model(name).to(dtype)
+    case = FAMILIES[family]
+    model = case.model(name).to(dtype)
     model.save_pretrained(directory)
-    samples = Qwen25VL().samples(model, seed=0)
+    samples = case.samples(model, seed=0)
     return Reference(str(directory), samples, [torch.ones(len(trained(s))) for s in samples])
 
 

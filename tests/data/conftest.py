@@ -14,3 +14,12 @@ def tiny_qwen(tmp_path_factory):
 @pytest.fixture(scope="session")
 def processor(tiny_qwen):
     return load_processor(tiny_qwen)
+
+
+@pytest.fixture(scope="session")
+def generations(tiny_qwen, tmp_path_factory):
+    """Directories of a tiny model of each Qwen-VL generation, by model_type."""
+    folder = tmp_path_factory.mktemp("generations")
+    tiny_models.qwen2_vl(folder / "qwen2_vl")
+    tiny_models.qwen3_vl(folder / "qwen3_vl")
+    return {"qwen2_vl": folder / "qwen2_vl", "qwen2_5_vl": tiny_qwen, "qwen3_vl": folder / "qwen3_vl"}

@@ -1,11 +1,14 @@
 import json
+from io import BytesIO
 
 import pyarrow
 import pyarrow.parquet
 import pytest
+from PIL import Image
 
 from megarl.config import DataConfig
 from megarl.data.datasets import read_rows
+from megarl.data.videos import Header, Limits, read_header
 
 IMAGE = {"type": "image"}
 
@@ -45,6 +48,47 @@ def test_without_placeholders_images_come_first(tmp_path):
     prompt = prompt_of(write(tmp_path / "t.jsonl", {"prompt": "What?", "images": "a.png"}))
     assert prompt.messages == [{"role": "user", "content": [IMAGE, {"type": "text", "text": "What?"}]}]
     assert (prompt.images, prompt.answer, prompt.target) == ([b"A"], None, None)
+
+
+VIDEO = {"type": "video"}
+
+
+def test_videos_are_files_or_lists_of_frames(tmp_path):
+    (tmp_path / "a.gif").write_bytes(b"GIF")
+    frame = BytesIO()
+    Image.new("RGB", (30, 20)).save(frame, "PNG")
+    (tmp_path / "f.png").write_bytes(frame.getvalue())
+    frames = ["f.png", "f.png", "f.png"]
+    row = {
+        "prompt": "<video>or<image><video>or<video>or<video>?",
+        "images": ["f.png"],
+        "videos": ["a.gif", frames, {"video": frames, "fps": 5}, {"video": "a.gif"}],
+    }
+    prompt = prompt_of(write(tmp_path / "t.jsonl", row), video_fps=4.0)
+    kinds = [part["type"] for part in prompt.messages[0]["content"]]
+    assert kinds == ["video", "text", "image", "video", "text", "video", "text", "video", "text"]
+    assert (prompt.videos[0], prompt.videos[3], prompt.images) == (b"GIF", b"GIF", [frame.getvalue()])
+    limits = Limits(10**6, 10**6)
+    assert [read_header(video, limits) for video in prompt.videos[1:3]] == [
+        Header(3, 20, 30, 4.0),
+        Header(3, 20, 30, 5.0),
+    ]
+    assert prompt.metadata == {}
+
+
+def test_without_placeholders_images_and_then_videos_come_first(tmp_path):
+    (tmp_path / "a.png").write_bytes(b"A")
+    row = {"prompt": [{"role": "system", "content": "S"}, {"role": "user", "content": "What?"}]}
+    path = write(tmp_path / "t.jsonl", row | {"images": ["a.png"], "clips": ["a.png", "a.png"]})
+    messages = prompt_of(path, video_key="clips").messages
+    assert messages[1]["content"] == [IMAGE, VIDEO, VIDEO, {"type": "text", "text": "What?"}]
+
+
+def test_large_files_are_not_read(tmp_path):
+    (tmp_path / "a.png").write_bytes(b"A" * 10)
+    path = write(tmp_path / "t.jsonl", {"prompt": "?", "images": ["a.png"]})
+    with pytest.raises(ValueError, match=r"t.jsonl:1: images\[0\]: .*a.png is larger than data.max_media_bytes=9"):
+        prompt_of(path, max_media_bytes=9)
 
 
 def test_keys_are_named_in_the_configuration(tmp_path):
@@ -113,7 +157,15 @@ def test_files_are_read_in_order_and_blank_lines_skipped(tmp_path):
         ({"prompt": [{"role": "user", "content": None}]}, r"prompt\[0\].content is neither a text nor a list"),
         ({"prompt": [{"role": "user", "content": ["hello"]}]}, r"prompt\[0\].content\[0\] is neither"),
         ({"prompt": [{"role": "user", "content": [{"text": "?"}]}]}, r"prompt\[0\].content\[0\] is neither"),
-        ({"prompt": [{"role": "user", "content": [{"type": "video"}]}]}, r"prompt\[0\].content\[0\] is neither"),
+        ({"prompt": [{"role": "user", "content": [{"type": "sound"}]}]}, r"prompt\[0\].content\[0\] is neither"),
+        (
+            {"prompt": [{"role": "user", "content": [{"type": "video"}]}]},
+            "1 video placeholders for 0 videos in 'videos'",
+        ),
+        ({"prompt": "?", "video": "a.mp4"}, r"unknown key 'video'; did you mean 'videos' \(data.video_key\)\?"),
+        ({"prompt": "?", "videos": [[]]}, r"videos\[0\] has no frames"),
+        ({"prompt": "?", "videos": [["no.png"]]}, r"videos\[0\]\[0\]: cannot read .*no.png: No such file"),
+        ({"prompt": "?", "videos": [{"video": ["t.jsonl"], "fps": 0}]}, r"videos\[0\].fps=0 is not a positive number"),
     ],
 )
 def test_bad_rows_name_file_line_and_key(tmp_path, row, message):

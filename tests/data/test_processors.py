@@ -122,7 +122,7 @@ def test_position_ids_by_hand(processor):
     image, one_image = processor.image_token_id, media(b"", [1, 2, 4])
     positions = processor.position_ids(np.array([0, image, image, 0, 0]), one_image)
     assert positions.tolist() == [[0, 1, 1, 3, 4], [0, 1, 1, 3, 4], [0, 1, 2, 3, 4]]
-    with pytest.raises(ValueError, match="1 image tokens for grids of 2"):
+    with pytest.raises(ValueError, match="1 image and video tokens for grids of 2"):
         processor.position_ids(np.array([image]), one_image)
 
 

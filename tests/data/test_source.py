@@ -26,8 +26,15 @@ class Numbers:
 
 
 class Counting:
-    def encode(self, prompt):
+    def __init__(self):
+        self.laid_out, self.checked = [], []
+
+    def lay_out(self, prompt):
+        self.laid_out.append(prompt.id)
         return EncodedPrompt(prompt, np.zeros(prompt.answer, np.int32), Media())
+
+    def check(self, encoded):
+        self.checked.append(encoded.prompt.id)
 
 
 def source(*tasks, seed=0, **data):
@@ -97,6 +104,8 @@ def test_over_long_prompts_are_dropped_counted_and_said_once(caplog):
     with caplog.at_level(logging.WARNING):
         assert ids(prompts.next(6)) == [f"a/train/{i}" for i in (0, 2, 4, 0, 2, 4)]
     assert prompts.dropped == {"a": 4}
+    assert prompts.processor.checked == [f"a/train/{i}" for i in (0, 2, 4, 0, 2, 4)]
+    assert prompts.processor.laid_out == [f"a/train/{i}" for i in (0, 1, 2, 3, 4, 0, 2, 4)]  # 1 and 3 are known by now
     assert [record.getMessage() for record in caplog.records] == [
         "a/train/1: dropped: 11 tokens are more than data.max_prompt_length=10 (further ones are only counted)"
     ]

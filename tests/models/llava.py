@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 from typing import Any, ClassVar
 
 import torch
@@ -56,6 +57,7 @@ def text_config(decoder: str, *, tied: bool = False) -> dict[str, Any]:
 class Llava(Case):
     """LLaVA-1.5 and the like: every image is one tile."""
 
+    title = "LLaVA-1.5"
     architecture = "Llava"
     configs: ClassVar = {  # tower, decoder, tied, what else
         "clip_llama": ("clip", "llama", False, {}),
@@ -89,6 +91,15 @@ class Llava(Case):
             tie_word_embeddings=tied,
             **options,
         )
+
+    def draw(self, seed: int) -> transformers.PretrainedConfig:
+        draw = random.Random(seed)
+        config = self.config(draw.choice(list(self.configs)))
+        heads = 4 * draw.choice([1, 2, 3])
+        sizes = {"num_attention_heads": heads, "hidden_size": 8 * heads, "intermediate_size": 2 * draw.randint(12, 40)}
+        config.text_config.update({"num_hidden_layers": 4, "num_key_value_heads": 4, **sizes})
+        config.vision_config.update({"num_attention_heads": 4, "hidden_size": draw.choice([16, 32])})
+        return config
 
     def samples(self, model: transformers.PreTrainedModel, seed: int) -> list[Sample]:
         generator = torch.Generator().manual_seed(seed)
@@ -124,6 +135,7 @@ class Llava(Case):
 class LlavaNext(Llava):
     """Tiles: the image whole and the image at the best of several resolutions."""
 
+    title = "LLaVA-NeXT"
     architecture = "LlavaNext"
     resolutions = ((1, 2), (2, 1), (2, 2), (3, 1), (1, 3))  # in tiles
     configs: ClassVar = {
@@ -152,6 +164,7 @@ class LlavaNext(Llava):
 class LlavaOnevision(LlavaNext):
     """No tiles where a sample shows several images, and a bound on the tokens of one."""
 
+    title = "LLaVA-OneVision"
     architecture = "LlavaOnevision"
     resolutions = tuple((rows, columns) for rows in (1, 2, 3) for columns in (1, 2, 3))
     configs: ClassVar = {

@@ -160,18 +160,28 @@ def joined(results: list[dict], key: str, directory: str) -> dict[str, torch.Ten
     return whole
 
 
-def assert_near(ours: dict[str, torch.Tensor], theirs: dict[str, torch.Tensor], tolerance: float = 1e-4) -> None:
-    """Relative difference of each tensor; one of rounding alone (a key's bias has no gradient) differs by no more."""
+def differences(ours: dict[str, torch.Tensor], theirs: dict[str, torch.Tensor]) -> dict[str, float]:
+    """Of each tensor the norm of the difference, relative to ``theirs``; both must name the same tensors.
+
+    A difference of rounding alone counts as none: a key's bias has no gradient but that.
+    """
     assert set(ours) == set(theirs)
     rounding = 1e-7 * max(float(expected.norm()) for expected in theirs.values())
-    for name, expected in theirs.items():
-        difference = float((ours[name] - expected).norm())
-        allowed = tolerance * float(expected.norm()) + rounding
-        assert difference <= allowed, f"{name}: difference {difference:.1e}, allowed {allowed:.1e}"
+    return {
+        name: max(0.0, float((ours[name] - expected).norm()) - rounding) / float(expected.norm())
+        for name, expected in theirs.items()
+    }
 
 
-def check_logits(results: list[dict], ref: Reference, microbatches: list[list[int]]) -> None:
+def assert_near(ours: dict[str, torch.Tensor], theirs: dict[str, torch.Tensor], tolerance: float = 1e-4) -> None:
+    for name, difference in differences(ours, theirs).items():
+        assert difference <= tolerance, f"{name}: relative difference {difference:.1e}"
+
+
+def logit_differences(results: list[dict], ref: Reference, microbatches: list[list[int]]) -> list[float]:
+    """Of each microbatch, relative to transformers' logits."""
     dp_size, cp_size = (1 + max(r[axis] for r in results) for axis in ("dp", "cp"))
+    found = []
     for number, indices in enumerate(microbatches):
         lengths = [len(ref.logits[i]) for i in indices]
         multiple = 2 * cp_size if cp_size > 1 else 1
@@ -186,7 +196,12 @@ def check_logits(results: list[dict], ref: Reference, microbatches: list[list[in
         logits = torch.cat([part[: len(order) // cp_size] for part in parts])[order]
         logits = torch.cat([logits[s : s + n] for s, n in zip(starts[:-1].tolist(), lengths, strict=True)])
         expected = torch.cat([ref.logits[i] for i in indices])
-        difference = float((logits - expected).norm() / expected.norm())
+        found.append(float((logits - expected).norm() / expected.norm()))
+    return found
+
+
+def check_logits(results: list[dict], ref: Reference, microbatches: list[list[int]]) -> None:
+    for indices, difference in zip(microbatches, logit_differences(results, ref, microbatches), strict=True):
         assert difference <= 1e-5, f"microbatch {indices}: relative difference {difference:.1e}"
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -36,6 +36,7 @@ class Sample:
     pixel_values: Tensor  # [P, E]
     grids: Tensor  # [I, 3]
     sizes: Tensor  # [I, 2]
+    videos: Tensor | None = None  # [I] bool, which of them are videos; None: none
 
 
 @dataclass
@@ -64,8 +65,9 @@ class Batch:
 
 
 class Case(ABC):
-    """A family's small models, by name."""
+    """A family's small models, by name: those that tests know, and ``seed<n>`` for the n-th random one."""
 
+    title: ClassVar[str] = ""  # the family's name in tables; else its key
     names: tuple[str, ...]
 
     @abstractmethod
@@ -73,8 +75,12 @@ class Case(ABC):
         """With VOCAB, IMAGE, ... as its ids."""
 
     @abstractmethod
+    def draw(self, seed: int) -> transformers.PretrainedConfig:
+        """A random one that every layout of the parity tests can divide: four decoder layers, four groups of heads."""
+
+    @abstractmethod
     def samples(self, model: transformers.PreTrainedModel, seed: int) -> list[Sample]:
-        """Seven: text alone, one image, several images of odd sizes; see ``words``."""
+        """Seven: text alone, one image, several images of odd sizes, videos; see ``words``."""
 
     @abstractmethod
     def inputs(self, samples: list[Sample], tokens: Tensor) -> dict[str, Any]:
@@ -83,7 +89,7 @@ class Case(ABC):
     def model(self, name: str, seed: int = 0) -> transformers.PreTrainedModel:
         """With every bias and norm away from its initial 0 and 1, so that no path goes untested."""
         torch.manual_seed(seed)
-        config = self.config(name)
+        config = self.draw(int(name.removeprefix("seed"))) if name.startswith("seed") else self.config(name)
         model = getattr(transformers, config.architectures[0])(config).float()
         with torch.no_grad():
             for parameter in model.parameters():

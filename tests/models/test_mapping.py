@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from megarl.models.family import family_of
 from megarl.models.mapping import (
     QKV,
     Flattened,
@@ -14,9 +15,7 @@ from megarl.models.mapping import (
     Vocab,
     padded_vocab_size,
 )
-from megarl.models.qwen_vl.mapping import canonical_name, mappings
-from tests.models.qwen_vl import CONFIGS, Qwen25VL
-from tests.models.reference import VOCAB
+from tests.models.families import FAMILIES
 
 
 def hf_names(*names: str) -> dict:
@@ -86,17 +85,17 @@ def test_a_dimension_that_cannot_be_split_is_named():
         CASES[0][0].split(torch.zeros(6, 9), 2)
 
 
-@pytest.mark.parametrize("name", CONFIGS)
-def test_qwen_vl_table_covers_the_checkpoint_and_loses_no_bit(name):
-    model = Qwen25VL().model(name)
-    tensors = {canonical_name(key): value for key, value in model.state_dict().items()}
-    if CONFIGS[name]["tied"]:
+@pytest.mark.parametrize(("family", "name"), [(family, name) for family in FAMILIES for name in FAMILIES[family].names])
+def test_a_familys_table_covers_its_checkpoints_and_loses_no_bit(family, name):
+    model = FAMILIES[family].model(name)
+    known = family_of(model.config)
+    tensors = {known.canonical_name(key): value for key, value in model.state_dict().items()}
+    if model.config.tie_word_embeddings:
         del tensors["lm_head.weight"]
     back = {}
-    for mapping in mappings(model.config):
+    for mapping in known.mappings(model.config):
         whole = mapping.to_megatron(tensors)
         back |= mapping.to_hf(mapping.join(mapping.split(whole, 2)))
     assert back.keys() == tensors.keys()
-    assert tensors["model.embed_tokens.weight"].shape[0] == VOCAB
     for key, tensor in tensors.items():
         assert torch.equal(back[key], tensor), key

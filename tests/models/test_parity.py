@@ -6,25 +6,18 @@ from functools import cache
 
 import pytest
 
-from tests.models.llava import Llava, LlavaNext, LlavaOnevision
+from tests.models.families import FAMILIES
 from tests.models.parity import DEEP_LAYOUTS, LAYOUTS, MICROBATCHES, assert_near, check_logits, joined, run
-from tests.models.qwen_vl import Qwen25VL
-from tests.models.reference import Case, reference
-from tests.models.text import Text
+from tests.models.reference import reference
 
-FAMILIES: dict[str, Case] = {
-    "qwen2_5_vl": Qwen25VL(),
-    "llava": Llava(),
-    "llava_next": LlavaNext(),
-    "llava_onevision": LlavaOnevision(),
-    "text": Text(),
-}
 LLAVA_LAYOUTS = ("tp2", "tp2_sp", "pp2", "tp2_pp2", "dp2", "cp2")
 CASES = [
     *((family, name, "tp1") for family, case in FAMILIES.items() for name in case.names),
     *(("qwen2_5_vl", name, layout) for name in ("gqa2_tied", "gqa4_untied") for layout in LAYOUTS if layout != "tp1"),
-    *(("text", name, layout) for name in Text.names for layout in ("tp2_sp", "pp2", "tp2_pp2")),
+    *((family, "seed0", layout) for family in ("qwen2_vl", "qwen3_vl") for layout in LAYOUTS if layout != "tp1"),
+    *(("text", name, layout) for name in FAMILIES["text"].names for layout in ("tp2_sp", "pp2", "tp2_pp2")),
     *(("qwen2_5_vl", "deep_tied", layout) for layout in DEEP_LAYOUTS),
+    *(("qwen3_vl", "seed1", layout) for layout in ("cp2", "tp2_sp_cp2", "pp2_vpp2", "pp2_uneven")),
     ("text", "qwen3_narrow_heads", "cp2_pp2"),
     *(("llava", "clip_llama", layout) for layout in LLAVA_LAYOUTS),
     *(("llava_onevision", "onevision_siglip_qwen2", layout) for layout in LLAVA_LAYOUTS),

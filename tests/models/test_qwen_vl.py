@@ -10,17 +10,19 @@ import pytest
 import torch
 
 from megarl.config import ModelConfig, ParallelConfig
-from megarl.models.common.vision import VisionInputs
+from megarl.models.common.vision import VisionInputs, interpolated_positions
 from megarl.models.family import family_of
+from tests.models.families import FAMILIES
 from tests.models.parity import LAYOUTS, MICROBATCHES, assert_near, check_logits, joined, packed, run, train
-from tests.models.qwen_vl import Qwen25VL
 from tests.models.reference import pack, reference
+
+from transformers.vision_utils import get_vision_bilinear_indices_and_weights  # isort: skip  after torchvision_cpu
 
 
 @pytest.fixture(scope="module")
 def references(tmp_path_factory):
-    """``references(name)``: the tiny model ``name`` and what transformers says about it, made once."""
-    return cache(lambda name: reference(Qwen25VL(), name, tmp_path_factory.mktemp(name)))
+    """``references(name, family)``: a tiny model and what transformers says about it, made once."""
+    return cache(lambda name, family="qwen2_5_vl": reference(FAMILIES[family], name, tmp_path_factory.mktemp(name)))
 
 
 @pytest.mark.parametrize(
@@ -39,17 +41,24 @@ def test_packing_and_order_change_nothing(pool, references, layout, microbatches
     assert_near(joined(results, "gradients", ref.directory), ref.gradients)
 
 
-@pytest.mark.parametrize("layout", ["tp1", "tp2_sp", "tp2_pp2"])
-def test_recompute_changes_nothing(pool, references, layout):
-    ref = references("gqa4_untied")
+@pytest.mark.parametrize(
+    ("family", "name", "layout"),
+    [
+        ("qwen2_5_vl", "gqa4_untied", "tp1"),
+        ("qwen2_5_vl", "gqa4_untied", "tp2_pp2"),
+        ("qwen3_vl", "seed1", "tp1"),
+        ("qwen3_vl", "seed1", "tp2_sp_pp2"),
+    ],
+)
+def test_recompute_changes_nothing(pool, references, family, name, layout):
+    ref = references(name, family)
     kept = run(pool, ref, layout)
     recomputed = run(pool, ref, layout, model=ModelConfig(recompute="full"))
     for first, second in zip(kept, recomputed, strict=True):
         assert first["attentions"]
         assert second["attentions"] == sorted(first["attentions"] * 2)
     ours, plain = (joined(results, "gradients", ref.directory) for results in (recomputed, kept))
-    for name, gradient in plain.items():
-        torch.testing.assert_close(ours[name], gradient, rtol=1e-6, atol=1e-9, msg=name)
+    assert_near(ours, plain, 1e-6)
 
 
 @pytest.mark.parametrize("layout", ["dp2", "tp2_dp2"])
@@ -61,12 +70,13 @@ def test_reduce_scattered_gradients_give_the_same_step(pool, references, layout)
     assert_near(joined(results, "updated", ref.directory), ref.updated)
 
 
-def test_a_batch_of_text_leaves_the_tower_a_gradient_of_zero(pool, references):
-    ref = references("gqa2_tied")
+@pytest.mark.parametrize(("family", "name"), [("qwen2_5_vl", "gqa2_tied"), ("qwen3_vl", "seed0")])
+def test_a_batch_of_text_leaves_the_tower_a_gradient_of_zero(pool, references, family, name):
+    ref = references(name, family)
     gradients = joined(run(pool, ref, "tp2_sp", [[0, 4]]), "gradients", ref.directory)
     assert set(gradients) == set(ref.gradients)
     for name, gradient in gradients.items():
-        assert bool(gradient.any()) != name.startswith("visual."), name
+        assert bool(gradient.any()) != ("visual." in name), name
 
 
 @pytest.mark.parametrize("layout", ["tp2", "pp2"])
@@ -144,15 +154,46 @@ PP2, VPP = {"pipeline_model_parallel_size": 2}, "virtual_pipeline_model_parallel
     ],
 )
 def test_what_cannot_be_built_says_why(model, parallel, error, message):
-    config = Qwen25VL().config("gqa2_tied")
+    config = FAMILIES["qwen2_5_vl"].config("gqa2_tied")
     with pytest.raises(error, match=re.escape(message)):
         family_of(config).build(
             config, ModelConfig(**model), ParallelConfig(**parallel), pre_process=True, post_process=True
         )
 
 
+@pytest.mark.parametrize(
+    ("changes", "layout", "message"),
+    [
+        ({"deepstack_visual_indexes": [0, 1]}, {"pipeline_model_parallel_size": 4}, "[0, 1] feed the first 2 decoder"),
+        (
+            {},
+            {"pipeline_model_parallel_size": 2, "pipeline_layout": [0, 4]},
+            "parallel_size=1 with parallel.pipeline_layout=[0, 4] leaves 0 there",
+        ),
+        ({"deepstack_visual_indexes": [1, 0]}, {}, "deepstack_visual_indexes=[1, 0] must ascend"),
+        ({"num_position_embeddings": 17}, {}, "num_position_embeddings is not the square"),
+        ({"hidden_act": "relu"}, {}, "vision_config.hidden_act='relu' is not one of quick_gelu, silu"),
+        ({"out_hidden_size": 8}, {}, "the tower's output of 8 is not hidden_size="),
+    ],
+)
+def test_what_qwen3_vl_cannot_do_says_why(changes, layout, message):
+    config = FAMILIES["qwen3_vl"].draw(0)
+    config.vision_config.update(changes)
+    with pytest.raises(ValueError, match=re.escape(message)):
+        family_of(config).validate(config, ParallelConfig(**layout))
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_learned_positions_are_interpolated_as_transformers_does(seed):
+    generator = torch.Generator().manual_seed(seed)
+    grids = torch.randint(1, 9, (4, 3), generator=generator) * torch.tensor([1, 2, 2])
+    theirs = get_vision_bilinear_indices_and_weights(grids, 5 + seed, 2)
+    for ours, expected in zip(interpolated_positions(grids, 2, 5 + seed), theirs, strict=True):
+        assert ours.tolist() == expected.tolist()
+
+
 def test_an_unknown_architecture_is_named():
-    config = Qwen25VL().config("gqa2_tied")
+    config = FAMILIES["qwen2_5_vl"].config("gqa2_tied")
     config.architectures = ["GPT2LMHeadModel"]
     with pytest.raises(ValueError, match=r"GPT2LMHeadModel.*Qwen2_5_VLForConditionalGeneration"):
         family_of(config)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 from typing import Any
 
 import torch
@@ -30,6 +31,7 @@ CONFIGS: dict[str, tuple[str, dict[str, Any]]] = {
 
 
 class Text(Case):
+    title = "Llama, Mistral, Qwen2, Qwen3"
     names = tuple(CONFIGS)
 
     def config(self, name: str) -> transformers.PretrainedConfig:
@@ -38,6 +40,23 @@ class Text(Case):
         rest = {"max_position_embeddings": 128, "rms_norm_eps": 1e-6, "tie_word_embeddings": False}
         config = getattr(transformers, kind)(vocab_size=VOCAB, bos_token_id=1, eos_token_id=2, **shape | rest | fields)
         config.architectures = [kind.replace("Config", "ForCausalLM")]
+        return config
+
+    def draw(self, seed: int) -> transformers.PretrainedConfig:
+        draw = random.Random(seed)
+        heads, size = 4 * draw.choice([1, 2, 3]), draw.choice([48, 96])
+        config = self.config(draw.choice(list(CONFIGS)))
+        config.update(
+            {
+                "num_hidden_layers": 4,
+                "num_attention_heads": heads,
+                "num_key_value_heads": 4,
+                "head_dim": size // heads if "Qwen2" in type(config).__name__ else draw.choice([8, 12, 16]),
+                "hidden_size": size,
+                "intermediate_size": 2 * draw.randint(12, 40),
+                "tie_word_embeddings": draw.random() < 0.5,
+            }
+        )
         return config
 
     def samples(self, model: transformers.PreTrainedModel, seed: int) -> list[Sample]:

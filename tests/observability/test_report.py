@@ -45,7 +45,7 @@ def sample(group: int, response: str, reward: float, image: bytes, advantage: fl
 def test_rollouts_are_one_line_a_sample_and_one_file_an_image(tmp_path):
     png, jpeg = encoded("PNG"), encoded("JPEG")
     samples = [sample(0, "a", 1.0, png, 0.5), sample(0, "b", 0.0, png, -0.5), sample(1, "c", 0.0, jpeg)]
-    path = RolloutWriter(tmp_path).write(10, samples)
+    path = RolloutWriter(tmp_path, bytes.upper).write(10, samples)
     assert path == tmp_path / "rollouts" / "step_000010.jsonl"
     assert rollout_steps(tmp_path) == {10: path}
     rows = read_rollouts(path)
@@ -59,6 +59,18 @@ def test_rollouts_are_one_line_a_sample_and_one_file_an_image(tmp_path):
     files = sorted((tmp_path / "rollouts" / "images").iterdir())
     assert sorted(file.suffix for file in files) == [".jpg", ".png"]
     assert {file.read_bytes() for file in files} == {png, jpeg}
+
+
+def test_of_a_video_the_first_frame_is_kept(tmp_path):
+    shown = sample(0, "a", 1.0, b"video")
+    still = sample(1, "b", 1.0, b"video")
+    shown.media.seconds = np.ones(1)
+    path = RolloutWriter(tmp_path, bytes.upper).write(1, [shown, still])
+    (name,), (other,) = (row["images"] for row in read_rollouts(path))
+    images = tmp_path / "rollouts" / "images"
+    assert (images / name).read_bytes() == b"VIDEO"
+    assert name.endswith(".png")
+    assert (images / other).read_bytes() == b"video"
 
 
 def make_run(path, steps: int):
@@ -81,7 +93,7 @@ def make_run(path, steps: int):
 
 def test_the_page_holds_curves_rollouts_and_nothing_from_outside(tmp_path):
     make_run(tmp_path, 30)
-    writer = RolloutWriter(tmp_path)
+    writer = RolloutWriter(tmp_path, bytes.upper)
     for step in (1, 10, 15, 20, 30):
         writer.write(step, [sample(0, f"<b>step {step}\x07", 1.0, encoded("PNG"), 0.5)])
     html = write_report(tmp_path).read_text()
@@ -99,7 +111,7 @@ def test_the_page_holds_curves_rollouts_and_nothing_from_outside(tmp_path):
 
 def test_a_large_image_is_made_smaller(tmp_path):
     make_run(tmp_path, 1)
-    RolloutWriter(tmp_path).write(1, [sample(0, "a", 1.0, encoded("PNG", 1200))])
+    RolloutWriter(tmp_path, bytes.upper).write(1, [sample(0, "a", 1.0, encoded("PNG", 1200))])
     page = write_report(tmp_path)
     assert page.stat().st_size < 1_000_000
     assert "1200 × 1200 pixels" in page.read_text()

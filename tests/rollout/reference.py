@@ -8,16 +8,17 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
-from examples.tiny_models import qwen2_5_vl
+from examples import tiny_models
 from megarl.data.processors import Processor
+from megarl.data.videos import pack_frames
 from megarl.types import EncodedPrompt, Media, Prompt
 
 TOLERANCE = 1e-4
 
 
-def write_model(path: Path, seed: int) -> Path:
-    """A random Qwen2.5-VL whose matrices are large enough that every part of it moves the log-probs."""
-    qwen2_5_vl(path, seed)
+def write_model(path: Path, seed: int, kind: str = "qwen2_5_vl") -> Path:
+    """A random model of ``examples.tiny_models`` whose matrices are so large that every part moves the log-probs."""
+    getattr(tiny_models, kind)(path, seed)
     file = path / "model.safetensors"
     save_file({k: v * 3 if v.dim() > 1 else v for k, v in load_file(file).items()}, file, metadata={"format": "pt"})
     return path
@@ -35,12 +36,15 @@ def image(seed: int, height: int = 56, width: int = 84) -> bytes:
     return buffer.getvalue()
 
 
-def prompt(processor: Processor, num_images: int, index: int = 0) -> EncodedPrompt:
-    """A question about ``num_images`` images of different sizes."""
-    parts = [{"type": "image"}] * num_images + [{"type": "text", "text": f"What digits are these? {index}"}]
+def prompt(processor: Processor, num_images: int, index: int = 0, num_videos: int = 0) -> EncodedPrompt:
+    """A question about ``num_images`` images of different sizes, and videos of different lengths."""
+    shown = [{"type": "image"}] * num_images + [{"type": "video"}] * num_videos
+    message = {"role": "user", "content": [*shown, {"type": "text", "text": f"What digits are these? {index}"}]}
     images = [image(10 * index + i, height=56 + 28 * i) for i in range(num_images)]
-    message = {"role": "user", "content": parts}
-    return processor.encode(Prompt(id=f"test/{num_images}/{index}", task="test", messages=[message], images=images))
+    frames = [[image(100 * i + number) for number in range(4 + 3 * i)] for i in range(num_videos)]
+    prompt = Prompt(f"test/{num_images}/{index}", "test", [message], images)
+    prompt.videos = [pack_frames(pictures, fps=2.0) for pictures in frames]
+    return processor.encode(prompt)
 
 
 class HuggingFace:
@@ -53,22 +57,30 @@ class HuggingFace:
         self.model = AutoModelForImageTextToText.from_pretrained(path, dtype=torch.float32).eval()
         parameters = dict(self.model.named_parameters())
         for name, tensor in (replaced or {}).items():
-            parameters[f"model.{name}"].data.copy_(tensor)
+            parameters[name if name.startswith("model.visual.") else f"model.{name}"].data.copy_(tensor)
 
     def images(self, media: Media) -> dict[str, torch.Tensor]:
-        """What the model takes for the images of a sequence."""
-        return {"pixel_values": self.processor.pixel_values(media), "image_grid_thw": torch.as_tensor(media.grids)}
+        """What the model takes for the images and videos of a sequence."""
+        shown = {}
+        for names, chosen in (
+            (("pixel_values", "image_grid_thw"), ~media.is_video),
+            (("pixel_values_videos", "video_grid_thw"), media.is_video),
+        ):
+            part = media.select(np.flatnonzero(chosen).tolist())
+            if part.images:
+                shown |= dict(zip(names, (self.processor.pixel_values(part), torch.as_tensor(part.grids)), strict=True))
+        return shown
 
     @torch.no_grad()
     def logprobs(
         self, tokens: np.ndarray, media: Media, *, temperature: float = 1.0, banned: bool = True
     ) -> np.ndarray:
         """[L - 1]: of tokens[1:], log_softmax(logits / temperature) with or without the banned ids."""
-        images = self.images(media) if media.images else {}
+        shown = self.images(media) if media.images else {}
         positions = torch.as_tensor(self.processor.position_ids(tokens, media))[:, None]
         positions = positions[0] if len(positions) == 1 else positions
         ids = torch.as_tensor(tokens, dtype=torch.int64)[None]
-        logits = self.model(input_ids=ids, position_ids=positions, **images).logits[0, :-1] / temperature
+        logits = self.model(input_ids=ids, position_ids=positions, **shown).logits[0, :-1] / temperature
         if banned:
             logits[:, self.processor.banned_token_ids] = -torch.inf
         return logits.log_softmax(-1).gather(1, ids[0, 1:, None])[:, 0].numpy()

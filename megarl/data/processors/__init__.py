@@ -7,7 +7,7 @@ from pathlib import Path
 from megarl.config import RunConfig
 from megarl.data.processors.base import Processor
 from megarl.data.processors.llava import LlavaNextProcessor, LlavaOnevisionProcessor, LlavaProcessor
-from megarl.data.processors.qwen_vl import QwenVLProcessor
+from megarl.data.processors.qwen_vl import Qwen3VLProcessor, QwenVLProcessor
 from megarl.data.processors.text import TextProcessor
 from megarl.utils import torchvision_cpu
 
@@ -17,6 +17,7 @@ from transformers import AutoConfig  # noqa: E402
 
 PROCESSORS: dict[str, type[Processor]] = {  # by model_type
     **dict.fromkeys(("qwen2_vl", "qwen2_5_vl"), QwenVLProcessor),
+    "qwen3_vl": Qwen3VLProcessor,
     "llava": LlavaProcessor,
     "llava_next": LlavaNextProcessor,
     "llava_onevision": LlavaOnevisionProcessor,
@@ -36,7 +37,7 @@ def load_processor(hf_dir: str | Path, config: RunConfig | None = None) -> Proce
         hf,
         min_pixels=config.model.min_pixels,
         max_pixels=config.model.max_pixels,
-        max_image_pixels=config.data.max_image_pixels,
+        data=config.data,
     )
 
 

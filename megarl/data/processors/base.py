@@ -14,7 +14,9 @@ from typing import Any
 import numpy as np
 import torch
 
+from megarl.config import DataConfig
 from megarl.data.images import check_image, image_size
+from megarl.data.videos import Header, Limits, read_header
 from megarl.types import EncodedPrompt, Media, Prompt
 from megarl.utils import torchvision_cpu
 
@@ -40,21 +42,23 @@ class Processor(ABC):
         *,
         min_pixels: int = 0,
         max_pixels: int = 0,
-        max_image_pixels: int = 64_000_000,
+        data: DataConfig | None = None,
     ) -> None:
-        """``min_pixels`` and ``max_pixels`` bound an image after resizing; 0 is the preprocessor's own bound.
-        Larger images than ``max_image_pixels`` are refused by their header."""
+        """``min_pixels`` and ``max_pixels`` bound an image after resizing; 0 is the preprocessor's own bound. ``data``
+        says how densely videos are sampled and what is refused by its size."""
         self.hf_dir, self.config = Path(hf_dir), config
         self.tokenizer = AutoTokenizer.from_pretrained(self.hf_dir)
         template = self.hf_dir / "chat_template.json"  # where older checkpoints keep the template of their processor
         if template.is_file():
             self.tokenizer.chat_template = json.loads(template.read_text())["chat_template"]
-        self.min_pixels, self.max_pixels, self.max_image_pixels = min_pixels, max_pixels, max_image_pixels
+        self.min_pixels, self.max_pixels, self.data = min_pixels, max_pixels, data or DataConfig()
+        self.limits = Limits(self.data.max_image_pixels, self.data.max_video_pixels)
         ids = config.to_dict()
         self.image_token_id: int = ids.get("image_token_id", ids.get("image_token_index", -1))  # -1: shows no image
+        self.media_token_ids = [self.image_token_id]  # placeholders of images, then of videos where a model takes them
         self.eos_token_ids = self._eos_token_ids()
         self.banned_token_ids = self._banned_token_ids()
-        self._cache: OrderedDict[bytes, torch.Tensor] = OrderedDict()
+        self._cache: OrderedDict[tuple[bytes, bytes, bool], torch.Tensor] = OrderedDict()
         self._cache_bytes = 0
         self._lock = threading.Lock()
 
@@ -67,7 +71,7 @@ class Processor(ABC):
 
     @abstractmethod
     def num_tokens(self, media: Media) -> np.ndarray:
-        """[I] int64: tokens that each image takes in a prompt."""
+        """[I] int64: tokens that each image or video takes in a prompt."""
 
     @abstractmethod
     def encoding_cost(self, media: Media) -> np.ndarray:
@@ -79,7 +83,30 @@ class Processor(ABC):
 
     @abstractmethod
     def engine_inputs(self, media: Media) -> list[dict[str, Any]]:
-        """What SGLang takes as ``image_data`` for the images of a prompt, at least one."""
+        """What SGLang takes as ``image_data`` for the images among ``media``."""
+
+    def placeholders(self, media: Media) -> tuple[np.ndarray, np.ndarray]:
+        """[J] int64 each: the placeholders that stand in a prompt, in order, and how many tokens each becomes.
+
+        One an image; a video may have several.
+        """
+        return np.full(len(media.images), self.image_token_id), self.num_tokens(media)
+
+    def video_grid(self, header: Header) -> tuple[tuple[int, int, int], float]:
+        """(time, height, width) in patches of a video, and the seconds between its patches in time."""
+        raise ValueError(f"a model of type {self.config.model_type} takes no videos")
+
+    def video_patches(self, data: bytes) -> torch.Tensor:
+        """[p, E] float32: an encoded video in the order in which the vision tower reads it."""
+        raise ValueError(f"a model of type {self.config.model_type} takes no videos")
+
+    def engine_videos(self, media: Media) -> list[dict[str, Any]]:
+        """What SGLang takes as ``video_data`` for the videos among ``media``."""
+        return []
+
+    def write_times(self, text: str, headers: list[Header]) -> str:
+        """The rendered ``text`` with what a model wants to read about its videos, placeholders kept."""
+        return text
 
     def position_ids(self, tokens: np.ndarray, media: Media) -> np.ndarray:
         """[3, L] or [1, L] int64: where the rotary embedding places ``tokens`` [L]."""
@@ -106,33 +133,87 @@ class Processor(ABC):
         return sorted(ids - set(self.eos_token_ids))
 
     def encode(self, prompt: Prompt) -> EncodedPrompt:
-        """Render the chat template and expand every image's placeholder to as many as it takes tokens.
+        """Lay out ``prompt`` and make sure that its images can be decoded."""
+        encoded = self.lay_out(prompt)
+        self.check(encoded)
+        return encoded
 
-        Ends where the response begins; a last message of the assistant's is continued. Raises ``ValueError`` that
-        names the prompt, and the image, when an image is corrupt or too large or the placeholders do not match.
+    def lay_out(self, prompt: Prompt) -> EncodedPrompt:
+        """Render the chat template and expand every placeholder to as many as its image or video takes tokens.
+
+        Reads headers only. Ends where the response begins; a last message of the assistant's is continued. Raises
+        ``ValueError`` that names the prompt, and the medium, when a header is bad or too large or the placeholders do
+        not match.
         """
-        count = len(prompt.images)
-        grids, sizes = np.zeros((count, 3), np.int64), np.zeros((count, 2), np.int64)
-        for index, data in enumerate(prompt.images):
-            try:
-                sizes[index] = image_size(data, self.max_image_pixels)
-                grids[index] = self.grid(*sizes[index].tolist(), num_images=count)
-                check_image(data, self.max_image_pixels)
-            except ValueError as error:
-                raise ValueError(f"{prompt.id}: image {index}: {error}") from error
-        media = Media(list(prompt.images), grids, sizes, np.zeros(count, np.float32))
-        ids = np.asarray(self._tokenize(self.render(prompt)), np.int32)
-        places = ids == self.image_token_id
-        if places.sum() != count:
-            raise ValueError(f"{prompt.id}: {places.sum()} image placeholders for {count} images")
+        media, headers = self._media(prompt)
+        text = self.write_times(self.render(prompt), headers)
+        ids = np.asarray(self._tokenize(text), np.int32)
+        places = (ids[:, None] == self.media_token_ids).any(1)
+        found = ids[places]
+        wanted, counts = self.placeholders(media)
+        for token, kind in zip(self.media_token_ids, ("image", "video"), strict=False):
+            there, shown = int((found == token).sum()), int((wanted == token).sum())
+            if there != shown:
+                raise ValueError(f"{prompt.id}: {there} {kind} placeholders for {shown} {kind}s")
+        if (found != wanted).any():
+            raise ValueError(f"{prompt.id}: the chat template changes the order of images and videos")
         repeats = np.ones(len(ids), np.int64)
-        repeats[places] = self.num_tokens(media)
+        repeats[places] = counts
         return EncodedPrompt(prompt=prompt, tokens=np.repeat(ids, repeats), media=media)
 
     def _tokenize(self, text: str) -> list[int]:
         """Ids of a rendered prompt; the tokenizer begins it with its bos where the template does not."""
         bos = self.tokenizer.bos_token
         return self.tokenizer.encode(text, add_special_tokens=not (bos and text.startswith(bos)))
+
+    def check(self, encoded: EncodedPrompt) -> None:
+        """Raise ``ValueError`` that names the prompt and the image unless all its images can be decoded.
+
+        Of a video only the header is read, which ``lay_out`` has done.
+        """
+        for index, data in enumerate(encoded.prompt.images):
+            try:
+                check_image(data, self.limits.image_pixels)
+            except ValueError as error:
+                raise ValueError(f"{encoded.prompt.id}: image {index}: {error}") from error
+
+    def _media(self, prompt: Prompt) -> tuple[Media, list[Header]]:
+        """Images and videos in the order of the messages, and the videos' headers."""
+        lists = [message["content"] for message in prompt.messages if not isinstance(message["content"], str)]
+        order = [part["type"] for parts in lists for part in parts if part["type"] in ("image", "video")]
+        files = {"image": prompt.images, "video": prompt.videos}
+        for kind in files:
+            if order.count(kind) != len(files[kind]):
+                raise ValueError(f"{prompt.id}: {order.count(kind)} {kind} placeholders for {len(files[kind])} {kind}s")
+        images, grids, sizes, seconds, headers = [], [], [], [], []
+        files = {kind: iter(enumerate(media)) for kind, media in files.items()}
+        for kind in order:
+            number, data = next(files[kind])
+            try:
+                if len(data) > self.data.max_media_bytes:
+                    raise ValueError(
+                        f"{len(data)} bytes are more than data.max_media_bytes={self.data.max_media_bytes}"
+                    )
+                if kind == "image":
+                    size = image_size(data, self.limits.image_pixels)
+                    grid, apart = self.grid(*size, num_images=len(prompt.images)), 0.0
+                else:
+                    headers.append(header := read_header(data, self.limits))
+                    size = (header.height, header.width)
+                    grid, apart = self.video_grid(header)
+            except ValueError as error:
+                raise ValueError(f"{prompt.id}: {kind} {number}: {error}") from error
+            images.append(data)
+            grids.append(grid)
+            sizes.append(size)
+            seconds.append(apart)
+        media = Media(
+            images,
+            np.array(grids, np.int64).reshape(-1, 3),
+            np.array(sizes, np.int64).reshape(-1, 2),
+            np.array(seconds, np.float32),
+        )
+        return media, headers
 
     def render(self, prompt: Prompt) -> str:
         """The prompt's text as the chat template writes it, one placeholder an image."""
@@ -144,24 +225,25 @@ class Processor(ABC):
         )
 
     def pixel_values(self, media: Media) -> torch.Tensor:
-        """[P, E] float32: the patches of all images of ``media``; [0, E] where there are none."""
+        """[P, E] float32: the patches of all images and videos of ``media``; [0, E] where there are none."""
         pixels = []
-        for index, data in enumerate(media.images):
+        for index, (data, grid, video) in enumerate(zip(media.images, media.grids, media.is_video, strict=True)):
+            kind = "video" if video else "image"
             try:
-                pixels.append(self._cached_patches(data, media.grids[index]))
+                pixels.append(self._cached_patches(data, grid, video))
             except ValueError as error:
-                raise ValueError(f"image {index} of {len(media.images)}: {error}") from error
-            if len(pixels[-1]) != media.grids[index].prod():
-                raise ValueError(f"image {index} has {len(pixels[-1])} patches, its grid says {media.grids[index]}")
+                raise ValueError(f"{kind} {index} of {len(media.images)}: {error}") from error
+            if len(pixels[-1]) != grid.prod():
+                raise ValueError(f"{kind} {index} has {len(pixels[-1])} patches, its grid says {grid}")
         return torch.cat(pixels) if pixels else torch.zeros(0, self.patch_dim)
 
-    def _cached_patches(self, data: bytes, grid: np.ndarray) -> torch.Tensor:
-        key = hashlib.sha256(data).digest() + grid.tobytes()
+    def _cached_patches(self, data: bytes, grid: np.ndarray, video: bool) -> torch.Tensor:
+        key = hashlib.sha256(data).digest(), grid.tobytes(), video
         with self._lock:
             if key in self._cache:
                 self._cache.move_to_end(key)
                 return self._cache[key]
-        patches = self.patches(data, grid)
+        patches = self.video_patches(data) if video else self.patches(data, grid)
         with self._lock:
             if key not in self._cache:
                 self._cache[key] = patches

@@ -54,8 +54,8 @@ class LlavaProcessor(Processor):
     differ in the last bits of a resize.
     """
 
-    def __init__(self, hf_dir: str | Path, config: PretrainedConfig, **bounds: int) -> None:
-        super().__init__(hf_dir, config, **bounds)
+    def __init__(self, hf_dir: str | Path, config: PretrainedConfig, **options: Any) -> None:
+        super().__init__(hf_dir, config, **options)
         vision = config.vision_config
         self.image_size, self.patch_size = vision.image_size, vision.patch_size
         self.side = self.image_size // self.patch_size
@@ -100,7 +100,7 @@ class LlavaProcessor(Processor):
         return self.tower_cost(media.grids)
 
     def patches(self, data: bytes, grid: np.ndarray) -> torch.Tensor:
-        tiles = self._tiles(decode_image(data, self.max_image_pixels), tiled=bool(grid[0] > 1))
+        tiles = self._tiles(decode_image(data, self.limits.image_pixels), tiled=bool(grid[0] > 1))
         edge = self.side * self.patch_size  # what is beyond it no patch covers
         cut = tiles[:, :, :edge, :edge].unflatten(3, (self.side, -1)).unflatten(2, (self.side, -1))
         return cut.permute(0, 2, 4, 1, 3, 5).reshape(-1, self.patch_dim)
@@ -127,8 +127,8 @@ class LlavaNextProcessor(LlavaProcessor):
 
     max_tiles: int | None = None  # of whose features an image may have as many
 
-    def __init__(self, hf_dir: str | Path, config: PretrainedConfig, **bounds: int) -> None:
-        super().__init__(hf_dir, config, **bounds)
+    def __init__(self, hf_dir: str | Path, config: PretrainedConfig, **options: Any) -> None:
+        super().__init__(hf_dir, config, **options)
         self.resolutions = [tuple(resolution) for resolution in config.image_grid_pinpoints]
         theirs = [tuple(resolution) for resolution in self.image_processor.image_grid_pinpoints]
         if theirs != self.resolutions:
@@ -162,8 +162,8 @@ class LlavaNextProcessor(LlavaProcessor):
 class LlavaOnevisionProcessor(LlavaNextProcessor):
     """As many tiles, but a bound on their tokens; an image that is not alone in its prompt is one tile."""
 
-    def __init__(self, hf_dir: str | Path, config: PretrainedConfig, **bounds: int) -> None:
-        super().__init__(hf_dir, config, **bounds)
+    def __init__(self, hf_dir: str | Path, config: PretrainedConfig, **options: Any) -> None:
+        super().__init__(hf_dir, config, **options)
         self.max_tiles = max_tiles(config.vision_aspect_ratio)
 
     def grid(self, height: int, width: int, *, num_images: int) -> tuple[int, int, int]:

@@ -8,11 +8,30 @@ from megatron.core.models.gpt import GPTModel
 from megatron.core.tensor_parallel import copy_to_tensor_model_parallel_region, gather_from_sequence_parallel_region
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
 from megatron.core.transformer.transformer_config import TransformerConfig
+from megatron.core.transformer.transformer_layer import TransformerLayer
 from torch import Tensor
 from transformers import PretrainedConfig
 
 from megarl.models.common.rotary import Rotary
 from megarl.models.mapping import padded_vocab_size
+
+
+class DecoderLayer(TransformerLayer):
+    """A layer to whose output a vision tower may add (DeepStack, arXiv 2406.04334).
+
+    ``context``: [T, 1, n H], what this layer and the n - 1 behind it add to their outputs, one after the other; zero at
+    words. Under that name mcore hands it from layer to layer, through activation recomputation too.
+    """
+
+    def forward(
+        self, hidden_states: Tensor, *args: Any, context: Tensor | None = None, **kwargs: Any
+    ) -> tuple[Tensor, Tensor | None]:
+        """``TransformerLayer.forward`` and what is left of ``context``, None when it is used up."""
+        output, _ = super().forward(hidden_states, *args, **kwargs)
+        if context is None:
+            return output, None
+        width = output.shape[-1]
+        return output + context[..., :width], context[..., width:] if context.shape[-1] > width else None
 
 
 class Decoder(GPTModel):

@@ -17,7 +17,7 @@ from torch import Tensor
 from transformers import PretrainedConfig
 
 from megarl.config import ModelConfig, ParallelConfig
-from megarl.models.common.decoder import Decoder
+from megarl.models.common.decoder import Decoder, DecoderLayer
 from megarl.models.common.language import decoder_config
 from megarl.models.common.specs import block_spec, layer_spec, unfused_name
 from megarl.models.common.vision import VisionInputs
@@ -46,9 +46,11 @@ class LanguageModel(MegatronModule):
         self.model_type = ModelType.encoder_or_decoder  # read by mcore's schedules
         self.share_embeddings_and_output_weights = tied
         self.vocab_size = text.vocab_size
+        spec = layer_spec(model, config)
+        spec.module = DecoderLayer
         self.language_model = Decoder(
             config,
-            block_spec(layer_spec(model, config), config, get_num_layers_to_build(config, vp_stage)),
+            block_spec(spec, config, get_num_layers_to_build(config, vp_stage)),
             text,
             tied=tied,
             pre_process=pre_process,
@@ -77,22 +79,29 @@ class LanguageModel(MegatronModule):
         the model-parallel group calls it with the same.
         """
         packed = packed_sequences(cu_seqlens, parents, cp_group=self.cp_group)
-        embeddings = None
+        embeddings = features = None
         if self.pre_process:
             embeddings = self.embed(tokens, vision, packed.here)
             if self.config.sequence_parallel:
                 embeddings = scatter_to_sequence_parallel_region(embeddings)
+            hidden_size = self.config.hidden_size
+            if embeddings.shape[-1] > hidden_size:
+                embeddings, features = embeddings[..., :hidden_size], embeddings[..., hidden_size:]
         hidden = self.language_model(
             None,
             position_ids[..., packed.here],
             None,
             decoder_input=embeddings,
+            extra_block_kwargs=None if features is None else {"context": features},
             packed_seq_params=packed,
         )
         return hidden[:, 0] if self.post_process else hidden
 
     def embed(self, tokens: Tensor, vision: VisionInputs | None, here: Tensor) -> Tensor:
-        """The decoder's input [T / cp, 1, H]; here: [T / cp] int64, places of this rank's tokens."""
+        """The decoder's input [T / cp, 1, H]; here: [T / cp] int64, places of this rank's tokens.
+
+        Or [T / cp, 1, (1 + n) H]: behind it what the first n layers add to their outputs.
+        """
         if vision is not None:
             raise ValueError("a model without a vision tower cannot be shown images")
         return self.language_model.embedding(input_ids=tokens[:, here], position_ids=None)

@@ -31,18 +31,21 @@ def rotary_frequencies(text: PretrainedConfig, head_dim: int) -> Tensor:
 def rotary_axes(text: PretrainedConfig, channels: int) -> Tensor:
     """[D / 2] int64: which row of the position ids (0: time or the only one, 1: height, 2: width) turns a channel.
 
-    ``mrope_section`` counts the channels of each axis, laid out one axis after the other or, ``mrope_interleaved``,
-    in turns (Qwen3-VL). ``channels``: D / 2.
+    ``mrope_section`` counts the channels of each axis, laid out one axis after the other or, in Qwen3-VL, in turns.
+    ``channels``: D / 2.
     """
-    section = text.rope_parameters.get("mrope_section")
+    interleaved = text.model_type.startswith("qwen3_vl")  # like transformers, whatever ``mrope_interleaved`` says
+    section = text.rope_parameters.get("mrope_section", [24, 20, 20] if interleaved else None)
     if section is None:
         return torch.zeros(channels, dtype=torch.int64)
-    if text.rope_parameters.get("mrope_interleaved"):
-        axes = torch.zeros(channels, dtype=torch.int64)
-        for axis in (1, 2):
-            axes[axis : 3 * section[axis] : 3] = axis
-        return axes
-    return torch.repeat_interleave(torch.arange(3), torch.tensor(section))
+    if sum(section) != channels:
+        raise ValueError(f"rope_scaling.mrope_section={list(section)} does not sum to half a head's {2 * channels}")
+    if not interleaved:
+        return torch.repeat_interleave(torch.arange(3), torch.tensor(section))
+    axes = torch.zeros(channels, dtype=torch.int64)
+    for axis in (1, 2):
+        axes[axis : 3 * section[axis] : 3] = axis
+    return axes
 
 
 class Rotary(nn.Module):

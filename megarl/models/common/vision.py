@@ -75,6 +75,26 @@ def rotary_2d(positions: Tensor, channels: int, theta: float = 10000.0) -> Tenso
     return torch.cat([angles, angles], -1)[:, None, None]
 
 
+def interpolated_positions(grids: Tensor, merge: int, side: int) -> tuple[Tensor, Tensor]:
+    """How each patch mixes the four nearest of ``side x side`` learned positions that span every image.
+
+    Returns ([4, P] int64 rows of the table, [4, P] float32 weights that sum to one).
+    """
+    spans = []
+    for (_, h, w), grid in zip(grids.tolist(), grids, strict=True):
+        rows, columns = patch_positions(grid[None], merge).T
+        axes = (torch.linspace(0, side - 1, size, device=grids.device) for size in (h, w))
+        spans.append(torch.stack([axis[at] for axis, at in zip(axes, (rows, columns), strict=True)]))
+    coordinates = torch.cat(spans, dim=1)  # [2, P]
+    low = coordinates.long()
+    high = (low + 1).clamp(max=side - 1)
+    part = coordinates - low
+    corners = [(y, x) for y in (0, 1) for x in (0, 1)]
+    indices = [(low, high)[y][0] * side + (low, high)[x][1] for y, x in corners]
+    weights = [(1 - part, part)[y][0] * (1 - part, part)[x][1] for y, x in corners]
+    return torch.stack(indices), torch.stack(weights)
+
+
 def frame_boundaries(grids: Tensor) -> Tensor:
     """Cumulative patches of each frame of each image, from 0: [frames + 1] int32."""
     patches = torch.repeat_interleave(grids[:, 1] * grids[:, 2], grids[:, 0])
@@ -120,3 +140,25 @@ class WindowedLayer(TransformerLayer):
         """``TransformerLayer.forward`` on this layer's cut."""
         cut = packed_seq_params.windows if self.windowed else packed_seq_params.images
         return super().forward(*args, packed_seq_params=cut, **kwargs)
+
+
+class TappedLayer(TransformerLayer):
+    """A layer of a block that returns more than its last output: behind it stand the outputs of the layers ``taps``.
+
+    They travel as mcore's ``context``, which activation recomputation also takes for an input and an output of every
+    layer. ``taps`` count from 0 and ascend; the block's output is [P, 1, (1 + taps) H].
+    """
+
+    def __init__(self, *args: Any, taps: tuple[int, ...], **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.tapped = self.layer_number - 1 in taps
+        self.last = self.layer_number == self.config.num_layers
+
+    def forward(self, *args: Any, context: Tensor | None = None, **kwargs: Any) -> tuple[Tensor, Tensor | None]:
+        """``TransformerLayer.forward``; context: [P, 1, n H], what was tapped before, or None."""
+        output, _ = super().forward(*args, **kwargs)
+        if self.tapped:
+            context = output if context is None else torch.cat([context, output], -1)
+        if self.last and context is not None:
+            return torch.cat([output, context], -1), None
+        return output, context

@@ -9,6 +9,7 @@ from abc import abstractmethod
 from typing import ClassVar
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from transformers import PretrainedConfig
 
@@ -52,14 +53,21 @@ class VisionLanguageModel(LanguageModel):
 
     @abstractmethod
     def encode(self, vision: VisionInputs) -> list[Tensor]:
-        """Each of the I distinct images as tokens of the decoder [n, H]."""
+        """Each of the I distinct images as tokens of the decoder: [n, H].
+
+        Or [n, (1 + K) H]: behind each token what the first K decoder layers add to their outputs at its place.
+        """
 
     @abstractmethod
     def blank(self) -> VisionInputs:
         """The smallest possible image."""
 
     def embed(self, tokens: Tensor, vision: VisionInputs | None, here: Tensor) -> Tensor:
-        """The decoder's input [T / cp, 1, H]: words with images among them, those of the tokens that are ``here``."""
+        """The decoder's input [T / cp, 1, H]: words with images among them, those of the tokens that are ``here``.
+
+        Or [T / cp, 1, (1 + K) H], see ``encode``: whatever belongs to a token stands in its row, so that ranks which
+        share the tokens cut one tensor.
+        """
         embeddings = super().embed(tokens, None, here)
         images = self.images(vision).to(embeddings.dtype)
         places = torch.isin(tokens[0], tokens.new_tensor(self.media_token_ids))
@@ -67,10 +75,11 @@ class VisionLanguageModel(LanguageModel):
             raise ValueError(f"images give {len(images)} tokens and the text has places for {int(places.sum())}")
         shown = places.cumsum(0) - 1  # which token of the images stands at a place
         images, places = images[shown[here][places[here]]], places[here]
-        return embeddings[:, 0].masked_scatter(places[:, None], images)[:, None]
+        embeddings = F.pad(embeddings[:, 0], (0, images.shape[1] - embeddings.shape[-1]))
+        return embeddings.masked_scatter(places[:, None], images)[:, None]
 
     def images(self, vision: VisionInputs | None) -> Tensor:
-        """The tokens [n, H] of the images that the microbatch shows, in the order of their places.
+        """The tokens [n, H] of the images that the microbatch shows, in the order of their places; see ``encode``.
 
         A rank that encodes no image runs the tower on a blank one and uses none of its tokens: so every rank takes part
         in the tower's collectives, and every parameter has a gradient.

@@ -1,6 +1,7 @@
-"""Which tensors of a Qwen2.5-VL checkpoint each Megatron parameter is made of.
+"""Which tensors of a Qwen2-VL, Qwen2.5-VL or Qwen3-VL checkpoint each Megatron parameter is made of.
 
-Checkpoint names are those of the published files, which SGLang reads: ``visual.*``, ``model.*``, ``lm_head.weight``.
+Checkpoint names are those of the published files: ``visual.*``, ``model.*``, ``lm_head.weight`` before Qwen3-VL, and
+``model.visual.*``, ``model.language_model.*``, ``lm_head.weight`` from then on.
 """
 
 from __future__ import annotations
@@ -9,15 +10,24 @@ from transformers import PretrainedConfig
 
 from megarl.models.common.language import language_mappings
 from megarl.models.mapping import Flattened, FusedQKV, GatedMLP, Mapping
+from megarl.models.qwen_vl.config import Tower, tower
+
+# model_type -> what the checkpoint calls the parts of a tower's MLP, and of a merger
+MLP_NAMES = {"qwen2_vl": ("fc1", "fc2"), "qwen2_5_vl": ("", "down_proj"), "qwen3_vl": ("linear_fc1", "linear_fc2")}
+MERGER_NAMES = {"qwen2_vl": ("ln_q", "mlp.0", "mlp.2"), "qwen3_vl": ("norm", "linear_fc1", "linear_fc2")}
+MERGER_NAMES["qwen2_5_vl"] = MERGER_NAMES["qwen2_vl"]
 
 
 def mappings(hf: PretrainedConfig) -> list[Mapping]:
     """One mapping for each parameter of the unsplit model; tied output weights have none of their own."""
-    return [*_vision(hf), *language_mappings(hf.text_config, tied=hf.tie_word_embeddings)]
+    text, tied = hf.text_config, hf.tie_word_embeddings
+    if hf.model_type == "qwen3_vl":
+        return [*_vision(hf, "model.visual."), *language_mappings(text, tied=tied, prefix="model.language_model.")]
+    return [*_vision(hf, "visual."), *language_mappings(text, tied=tied)]
 
 
 def canonical_name(name: str) -> str:
-    """The published spelling of a tensor's name, whichever version of transformers wrote the file."""
+    """The published spelling, before Qwen3-VL, of a tensor's name, whichever version of transformers wrote the file."""
     if name.startswith("model.visual."):
         return name.removeprefix("model.")
     if name.startswith("model.language_model."):
@@ -25,41 +35,67 @@ def canonical_name(name: str) -> str:
     return name
 
 
-def _vision(hf: PretrainedConfig) -> list[Mapping]:
-    vision = hf.vision_config
-    kernel = (vision.in_channels, vision.temporal_patch_size, vision.patch_size, vision.patch_size)
-    merger, theirs = "vision_projection.", "visual.merger."
-    table: list[Mapping] = [
-        Flattened(megatron="vision_model.patch_embed.weight", hf=("visual.patch_embed.proj.weight",), kernel=kernel),
-        Mapping(megatron=f"{merger}norm.weight", hf=(f"{theirs}ln_q.weight",)),
-        Mapping(megatron=f"{merger}mlp.linear_fc1.weight", hf=(f"{theirs}mlp.0.weight",), shard_dim=0),
-        Mapping(megatron=f"{merger}mlp.linear_fc1.bias", hf=(f"{theirs}mlp.0.bias",), shard_dim=0),
-        Mapping(megatron=f"{merger}mlp.linear_fc2.weight", hf=(f"{theirs}mlp.2.weight",), shard_dim=1),
-        Mapping(megatron=f"{merger}mlp.linear_fc2.bias", hf=(f"{theirs}mlp.2.bias",)),
+def _linear(ours: str, theirs: str, *, shard_dim: int) -> list[Mapping]:
+    """Weight and bias of a linear layer; split over its inputs (1), its bias is whole on every rank."""
+    return [
+        Mapping(megatron=f"{ours}.weight", hf=(f"{theirs}.weight",), shard_dim=shard_dim),
+        Mapping(megatron=f"{ours}.bias", hf=(f"{theirs}.bias",), shard_dim=None if shard_dim else 0),
     ]
-    for i in range(vision.depth):
-        ours, theirs = f"vision_model.blocks.layers.{i}.", f"visual.blocks.{i}."
-        table += [
-            Mapping(megatron=f"{ours}input_layernorm.weight", hf=(f"{theirs}norm1.weight",)),
-            Mapping(megatron=f"{ours}pre_mlp_layernorm.weight", hf=(f"{theirs}norm2.weight",)),
-            Mapping(
-                megatron=f"{ours}self_attention.linear_proj.weight", hf=(f"{theirs}attn.proj.weight",), shard_dim=1
-            ),
-            Mapping(megatron=f"{ours}self_attention.linear_proj.bias", hf=(f"{theirs}attn.proj.bias",)),
-            Mapping(megatron=f"{ours}mlp.linear_fc2.weight", hf=(f"{theirs}mlp.down_proj.weight",), shard_dim=1),
-            Mapping(megatron=f"{ours}mlp.linear_fc2.bias", hf=(f"{theirs}mlp.down_proj.bias",)),
-        ]
-        for kind in ("weight", "bias"):
-            table += [
-                FusedQKV(
-                    megatron=f"{ours}self_attention.linear_qkv.{kind}",
-                    hf=(f"{theirs}attn.qkv.{kind}",),
-                    num_heads=vision.num_heads,
-                    num_groups=vision.num_heads,
-                ),
-                GatedMLP(
-                    megatron=f"{ours}mlp.linear_fc1.{kind}",
-                    hf=(f"{theirs}mlp.gate_proj.{kind}", f"{theirs}mlp.up_proj.{kind}"),
-                ),
-            ]
+
+
+def _norm(ours: str, theirs: str, vision: Tower) -> list[Mapping]:
+    kinds = ("weight", "bias") if vision.normalization == "LayerNorm" else ("weight",)
+    return [Mapping(megatron=f"{ours}.{kind}", hf=(f"{theirs}.{kind}",)) for kind in kinds]
+
+
+def _merger(ours: str, theirs: str, vision: Tower, model_type: str) -> list[Mapping]:
+    norm, first, second = MERGER_NAMES[model_type]
+    return [
+        *_norm(f"{ours}norm", f"{theirs}{norm}", vision),
+        *_linear(f"{ours}mlp.linear_fc1", f"{theirs}{first}", shard_dim=0),
+        *_linear(f"{ours}mlp.linear_fc2", f"{theirs}{second}", shard_dim=1),
+    ]
+
+
+def _vision(hf: PretrainedConfig, prefix: str) -> list[Mapping]:
+    vision = tower(hf)
+    ours, theirs = "vision_model.patch_embed.", f"{prefix}patch_embed.proj."
+    table: list[Mapping] = [
+        Flattened(megatron=f"{ours}weight", hf=(f"{theirs}weight",), kernel=vision.patch),
+        *_merger("vision_projection.", f"{prefix}merger.", vision, hf.model_type),
+    ]
+    if vision.patch_bias:
+        table.append(Mapping(megatron=f"{ours}bias", hf=(f"{theirs}bias",)))
+    if vision.positions:
+        table.append(Mapping(megatron="vision_model.positions.weight", hf=(f"{prefix}pos_embed.weight",)))
+    for k in range(len(vision.deepstack)):
+        ours, theirs = f"vision_projection.deepstack{k}.", f"{prefix}deepstack_merger_list.{k}."
+        table += _merger(ours, theirs, vision, hf.model_type)
+    for i in range(vision.num_layers):
+        table += _layer(f"vision_model.blocks.layers.{i}.", f"{prefix}blocks.{i}.", vision, hf.model_type)
+    return table
+
+
+def _layer(ours: str, theirs: str, vision: Tower, model_type: str) -> list[Mapping]:
+    first, second = MLP_NAMES[model_type]
+    table: list[Mapping] = [
+        *_norm(f"{ours}input_layernorm", f"{theirs}norm1", vision),
+        *_norm(f"{ours}pre_mlp_layernorm", f"{theirs}norm2", vision),
+        *_linear(f"{ours}self_attention.linear_proj", f"{theirs}attn.proj", shard_dim=1),
+        *_linear(f"{ours}mlp.linear_fc2", f"{theirs}mlp.{second}", shard_dim=1),
+    ]
+    if not vision.gated:
+        table += _linear(f"{ours}mlp.linear_fc1", f"{theirs}mlp.{first}", shard_dim=0)
+    for kind in ("weight", "bias"):
+        table.append(
+            FusedQKV(
+                megatron=f"{ours}self_attention.linear_qkv.{kind}",
+                hf=(f"{theirs}attn.qkv.{kind}",),
+                num_heads=vision.num_heads,
+                num_groups=vision.num_heads,
+            )
+        )
+        if vision.gated:
+            names = (f"{theirs}mlp.gate_proj.{kind}", f"{theirs}mlp.up_proj.{kind}")
+            table.append(GatedMLP(megatron=f"{ours}mlp.linear_fc1.{kind}", hf=names))
     return table

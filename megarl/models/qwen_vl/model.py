@@ -1,6 +1,8 @@
-"""Qwen2.5-VL from Megatron-Core modules: a vision tower and its merger on the first stage, and the decoder.
+"""Qwen2-VL, Qwen2.5-VL and Qwen3-VL from Megatron-Core modules: a vision tower and its mergers on the first stage, and
+the decoder.
 
-Shapes: T packed tokens of S sequences, P patches of E numbers, I images in [I, 3] grids, H hidden.
+Shapes: T packed tokens of S sequences, P patches of E numbers, I images and videos in [I, 3] grids, H hidden of the
+decoder, K layers of the tower that the decoder sees beside its last one (DeepStack; none before Qwen3-VL).
 """
 
 from __future__ import annotations
@@ -16,19 +18,21 @@ from torch import Tensor
 from transformers import PretrainedConfig
 
 from megarl.config import ModelConfig, ParallelConfig
-from megarl.models.common.specs import block_spec, layer_spec, mlp_spec
+from megarl.models.common.specs import block_spec, layer_spec, mlp_spec, norm_module
 from megarl.models.common.vision import (
+    TappedLayer,
     VisionInputs,
     WindowedLayer,
     WindowedSequences,
     frame_boundaries,
+    interpolated_positions,
     patch_positions,
     rotary_2d,
     windows,
 )
 from megarl.models.common.vlm import VisionLanguageModel
-from megarl.models.qwen_vl.config import NORM_EPS, projector_config, validate, vision_config
-from megarl.parallel.attention import RMSNorm, packed_sequences
+from megarl.models.qwen_vl.config import NORM_EPS, Tower, projector_config, tower, validate, vision_config
+from megarl.parallel.attention import packed_sequences
 from megarl.parallel.groups import unpipelined
 
 
@@ -36,57 +40,76 @@ class VisionModel(MegatronModule):
     """The tower up to its last block: pixels to patch features, tensor parallel, whole on one pipeline stage."""
 
     def __init__(
-        self, hf: PretrainedConfig, config: TransformerConfig, spec: ModuleSpec, groups: ProcessGroupCollection
+        self, vision: Tower, config: TransformerConfig, spec: ModuleSpec, groups: ProcessGroupCollection
     ) -> None:
         super().__init__(config)
-        vision = hf.vision_config
-        self.merge = vision.spatial_merge_size
-        self.window = vision.window_size // vision.patch_size // self.merge  # tokens
-        self.patch_size = vision.in_channels * vision.temporal_patch_size * vision.patch_size**2
-        self.patch_embed = torch.nn.Linear(self.patch_size, vision.hidden_size, bias=False, dtype=config.params_dtype)
-        layer = ModuleSpec(
-            module=WindowedLayer,
-            submodules=spec.submodules,
-            params={"full_attention": frozenset(vision.fullatt_block_indexes)},
-        )
+        self.vision = vision
+        dtype = config.params_dtype
+        self.patch_embed = torch.nn.Linear(vision.patch_size, vision.hidden_size, bias=vision.patch_bias, dtype=dtype)
+        if vision.positions:
+            self.positions = torch.nn.Embedding(vision.positions**2, vision.hidden_size, dtype=dtype)
+        if vision.window:
+            spec = ModuleSpec(
+                module=WindowedLayer, submodules=spec.submodules, params={"full_attention": vision.full_attention}
+            )
+        elif vision.deepstack:
+            spec = ModuleSpec(module=TappedLayer, submodules=spec.submodules, params={"taps": vision.deepstack})
         self.blocks = TransformerBlock(
-            config, block_spec(layer, config, config.num_layers), post_layer_norm=False, pg_collection=groups
+            config, block_spec(spec, config, config.num_layers), post_layer_norm=False, pg_collection=groups
         )
 
-    def forward(self, pixel_values: Tensor, grids: Tensor) -> tuple[Tensor, Tensor]:
-        """Features [P, hidden] in window order, and that order: [P / merge^2] int64 tokens."""
-        order, window_boundaries = windows(grids, self.merge, self.window)
-        unit = self.merge**2
+    def forward(self, pixel_values: Tensor, grids: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Features [P, (1 + K) hidden], and their order where it is not that of the pixels: [P / merge^2] int64."""
+        vision = self.vision
+        hidden = self.patch_embed(pixel_values.to(self.patch_embed.weight.dtype))
+        if vision.positions:
+            indices, weights = interpolated_positions(grids, vision.merge, vision.positions)
+            hidden = hidden + (self.positions(indices) * weights[..., None]).sum(0).to(hidden.dtype)
+        cut = packed_sequences(frame_boundaries(grids))
+        places, order = patch_positions(grids, vision.merge), None
+        if vision.window:
+            order, boundaries = windows(grids, vision.merge, vision.window)
+            hidden, places = (x.unflatten(0, (-1, vision.merge**2))[order].flatten(0, 1) for x in (hidden, places))
+            cut = WindowedSequences(images=cut, windows=packed_sequences(boundaries))
+        rotary = rotary_2d(places, self.config.kv_channels)
+        return self.blocks(hidden[:, None], None, rotary_pos_emb=rotary, packed_seq_params=cut)[:, 0], order
 
-        def in_windows(x: Tensor) -> Tensor:
-            return x.unflatten(0, (-1, unit))[order].flatten(0, 1)
 
-        rotary = rotary_2d(in_windows(patch_positions(grids, self.merge)), self.config.kv_channels)
-        cuts = WindowedSequences(
-            images=packed_sequences(frame_boundaries(grids)),
-            windows=packed_sequences(window_boundaries),
-        )
-        hidden = in_windows(self.patch_embed(pixel_values.to(self.patch_embed.weight.dtype)))[:, None]
-        return self.blocks(hidden, None, rotary_pos_emb=rotary, packed_seq_params=cuts)[:, 0], order
+class Merger(MegatronModule):
+    """``merge^2`` neighbouring patches to one token of the decoder; ``norm_size``: of a patch or of all of them."""
 
-
-class VisionProjection(MegatronModule):
-    """The patch merger: ``merge^2`` neighbouring patches to one token of the decoder."""
-
-    def __init__(self, config: TransformerConfig, tower: TransformerConfig) -> None:
+    def __init__(self, config: TransformerConfig, tower: TransformerConfig, norm_size: int) -> None:
         super().__init__(config)
-        self.norm = RMSNorm(tower, tower.hidden_size, eps=NORM_EPS)
+        self.norm_size = norm_size
+        self.norm = norm_module(tower)(tower, norm_size, eps=NORM_EPS)
         width = config.ffn_hidden_size
         self.mlp = MLP(config, mlp_spec(), input_size=width, ffn_hidden_size=width)
 
     def forward(self, features: Tensor) -> Tensor:
         """[P, hidden] -> [P / merge^2, H]."""
-        output, bias = self.mlp(self.norm(features).view(-1, self.config.ffn_hidden_size))
+        normed = self.norm(features.reshape(-1, self.norm_size))
+        output, bias = self.mlp(normed.view(-1, self.config.ffn_hidden_size))
         return output + bias
 
 
+class VisionProjection(Merger):
+    """The merger of the tower's last output, and one of each output that is tapped before."""
+
+    def __init__(self, vision: Tower, config: TransformerConfig, tower: TransformerConfig) -> None:
+        super().__init__(config, tower, vision.hidden_size)
+        self.taps = [f"deepstack{k}" for k in range(len(vision.deepstack))]  # not a list: mcore saves no shards of one
+        for name in self.taps:
+            self.add_module(name, Merger(config, tower, vision.merged_size))
+
+    def forward(self, features: Tensor) -> Tensor:
+        """[P, (1 + K) hidden] -> [P / merge^2, (1 + K) H]."""
+        last, *tapped = features.split(self.norm_size, dim=1)
+        more = [self.get_submodule(name)(tap) for name, tap in zip(self.taps, tapped, strict=True)]
+        return torch.cat([super().forward(last), *more], dim=1)
+
+
 class QwenVLModel(VisionLanguageModel):
-    """One pipeline stage of Qwen2.5-VL."""
+    """One pipeline stage of Qwen2-VL, Qwen2.5-VL or Qwen3-VL."""
 
     def __init__(
         self,
@@ -110,21 +133,24 @@ class QwenVLModel(VisionLanguageModel):
         )
 
     def build_vision(self, hf: PretrainedConfig, model: ModelConfig, parallel: ParallelConfig) -> None:
-        tower = vision_config(hf, model, parallel)
-        self.vision_model = VisionModel(hf, tower, layer_spec(model, tower, causal=False), unpipelined())
-        self.vision_projection = VisionProjection(projector_config(hf, model, parallel), tower)
+        vision = tower(hf)
+        config = vision_config(vision, model, parallel)
+        self.vision_model = VisionModel(vision, config, layer_spec(model, config, causal=False), unpipelined())
+        self.vision_projection = VisionProjection(vision, projector_config(vision, model, parallel), config)
 
     def encode(self, vision: VisionInputs) -> list[Tensor]:
         features, order = self.vision_model(vision.pixel_values, vision.grids)
-        tokens = self.vision_projection(features)[order.argsort()]
-        return list(tokens.split((vision.grids.prod(1) // self.vision_model.merge**2).tolist()))
+        tokens = self.vision_projection(features)
+        if order is not None:
+            tokens = tokens[order.argsort()]
+        return list(tokens.split((vision.grids.prod(1) // self.vision_model.vision.merge**2).tolist()))
 
     def blank(self) -> VisionInputs:
-        merge = self.vision_model.merge
+        vision = self.vision_model.vision
         weight = self.vision_model.patch_embed.weight
         return VisionInputs(
-            pixel_values=weight.new_zeros(merge**2, self.vision_model.patch_size),
-            grids=torch.tensor([[1, merge, merge]], device=weight.device),
+            pixel_values=weight.new_zeros(vision.merge**2, vision.patch_size),
+            grids=torch.tensor([[1, vision.merge, vision.merge]], device=weight.device),
             sizes=torch.zeros(1, 2, dtype=torch.int64),
             index=torch.zeros(0, dtype=torch.int64),
         )
