@@ -5,7 +5,7 @@ import re
 import pytest
 import torch
 
-from megarl.parallel.attention import packed_sequences
+from megarl.parallel.attention import packed_sequences, sdpa_packed
 from megarl.parallel.context import gathered_places, local_positions
 from tests.parallel.test_attention import naive
 
@@ -80,11 +80,34 @@ def test_a_sum_over_ranks_has_the_gradient_of_all_losses(pool):
 
 
 class _TwoRanks:
+    def __init__(self, rank: int = 0) -> None:
+        self._rank = rank
+
     def size(self) -> int:
         return 2
 
     def rank(self) -> int:
-        return 0
+        return self._rank
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_varlen_kernel_is_told_the_same_as_padded_batches(rank):
+    """Its arguments, read as the kernels read them: queries and keys of an entry end at the same place."""
+    generator = torch.Generator().manual_seed(0)
+    lengths = [4, 20, 8, 36]
+    cu_seqlens = torch.tensor([0, *lengths]).cumsum(0).int()
+    packed = packed_sequences(cu_seqlens, cp_group=_TwoRanks(rank))
+    query, key, value = (torch.randn(n, 2, 8, dtype=torch.float64, generator=generator) for n in (34, 68, 68))
+    varlen, outputs = packed.chunk_varlen, []
+    for entry in range(len(varlen.cu_seqlens_q) - 1):
+        q = query[varlen.cu_seqlens_q[entry] : varlen.cu_seqlens_q[entry + 1]]
+        at = varlen.keys[varlen.cu_seqlens_kv[entry] : varlen.cu_seqlens_kv[entry + 1]]
+        scores = torch.einsum("qhd,khd->hqk", q, key[at]) * 0.3
+        hidden = torch.ones(len(q), len(at), dtype=torch.bool).triu(1 + len(at) - len(q))
+        outputs.append(torch.einsum("hqk,khd->qhd", scores.masked_fill(hidden, -torch.inf).softmax(-1), value[at]))
+    padded = sdpa_packed(query, key, value, packed.chunk_layout, scale=0.3, causal=True)
+    torch.testing.assert_close(torch.cat(outputs), padded)
+    assert (varlen.max_seqlen_q, varlen.max_seqlen_kv) == (9, 36 if rank == 0 else 27)
 
 
 def test_what_cannot_be_cut_is_refused():
