@@ -68,7 +68,8 @@ def apply_filters(samples: Sequence[Sample], config: AlgorithmConfig, longest: i
         punishment = overlong_punishment(lengths, longest, config.overlong_buffer * longest)
         for sample, value in zip(samples, config.overlong_penalty * punishment, strict=True):
             sample.rewards["overlong"] = float(value)
-            sample.action_rewards = np.zeros(len(sample.loss_mask), np.float32)
-            sample.action_rewards[np.flatnonzero(sample.loss_mask)[-1:]] = value
+            earned = np.zeros(len(sample.loss_mask), np.float32)
+            earned[np.flatnonzero(sample.loss_mask)[-1:]] = value
+            sample.action_rewards = earned if sample.action_rewards is None else sample.action_rewards + earned
         metrics["filter/overlong_ratio"] = float((punishment < 0).mean())
     return metrics

@@ -9,7 +9,8 @@ import torch
 
 from megarl.algorithms.checks import UNWIRED, check_algorithm
 from megarl.algorithms.presets import PRESETS, preset
-from megarl.config import AlgorithmConfig, RolloutConfig, RunConfig, apply_overrides
+from megarl.cli import main
+from megarl.config import AlgorithmConfig, RolloutConfig, RunConfig, apply_overrides, load_experiment
 from tests.algorithms import naive
 from tests.algorithms.steps import LONGEST, flat_loss, padded_of, trajectories_of
 
@@ -100,6 +101,16 @@ def test_a_preset_replaces_the_algorithm_and_later_overrides_win():
     )
     with pytest.raises(ValueError, match=r"^algorithm='dapoo'.*did you mean 'dapo'\?"):
         apply_overrides(base, ["algorithm=dapoo"], PRESETS)
+
+
+def test_the_command_line_takes_a_preset(tmp_path, capsys):
+    path = tmp_path / "experiment.py"
+    path.write_text("from megarl.config import RunConfig\nconfig = RunConfig()\n")
+    assert main(["config", str(path), "algorithm=dapo", "algorithm.clip_ratio_high=0.3"]) == 0
+    (tmp_path / "config.yaml").write_text(capsys.readouterr().out)
+    assert load_experiment(tmp_path / "config.yaml").algorithm == preset("dapo", clip_ratio_high=0.3)
+    assert main(["config", str(path), "algorithm=gpso"]) == 2
+    assert "did you mean 'gspo'?" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
