@@ -6,8 +6,9 @@ import json
 import math
 import re
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch.distributed.checkpoint.metadata import BytesStorageMetadata
@@ -17,6 +18,7 @@ from megarl.checkpoint import megatron
 from megarl.checkpoint.huggingface import HFReader, check_keys, read_config
 from megarl.checkpoint.manifest import MANIFEST_FILE, read_manifest
 from megarl.checkpoint.parity import PARITY_FILE
+from megarl.config import ParallelConfig
 from megarl.models.family import FAMILIES
 
 _UNITS = ((1e9, "G"), (1e6, "M"), (1e3, "k"), (1.0, ""))
@@ -50,7 +52,8 @@ def describe(directory: str | Path) -> list[str]:
     sizes = f"{number(sum(r.num_elements for r in rows))} elements, {number(sum(r.num_bytes for r in rows))}B"
     facts["tensors"] = f"{sum(r.copies for r in rows)}: {sizes} of {', '.join(dtypes)}"
     lines = [f"{label:13} {value}" if label else value for label, value in facts.items()]
-    return [*lines, "", *_table(stacked(rows))]
+    weights = [row for row in rows if not row.name.startswith(megatron.OPTIMIZER_PREFIX)]
+    return [*lines, "", *_table(stacked(weights)), *_optimizer(set(rows) - set(weights))]
 
 
 def number(value: float) -> str:
@@ -92,7 +95,7 @@ def _megatron(directory: Path) -> tuple[dict[str, str], list[Row]]:
         "architecture": manifest.architecture,
         "step": str(manifest.step),
         "contents": ", ".join(manifest.contents),
-        "layout": ", ".join(f"{key}={value}" for key, value in manifest.parallel.items()),
+        "layout": _layout(manifest.parallel),
         "ranks": str(manifest.world_size),
         "dtype": manifest.dtype,
         "versions": ", ".join(f"{key} {value}" for key, value in manifest.versions.items()),
@@ -101,6 +104,24 @@ def _megatron(directory: Path) -> tuple[dict[str, str], list[Row]]:
     entries = megatron.read_index(directory).state_dict_metadata
     tensors = {key: entry for key, entry in entries.items() if not isinstance(entry, BytesStorageMetadata)}
     return facts, [Row(key, tuple(entry.size), entry.properties.dtype) for key, entry in tensors.items()]
+
+
+def _layout(parallel: dict[str, Any]) -> str:
+    """The sizes, and what was set beside them."""
+    defaults = asdict(ParallelConfig())
+    sizes = ("tensor_model_parallel_size", "pipeline_model_parallel_size", "data_parallel_size")
+    return ", ".join(f"{k}={v}" for k, v in parallel.items() if k in sizes or v != defaults.get(k))
+
+
+def _optimizer(rows: Iterable[Row]) -> list[str]:
+    """A line for each kind of state: the names are those of the weights."""
+    kinds: dict[str, list[Row]] = {}
+    for row in rows:
+        kinds.setdefault(".".join(row.name.split(".")[:3]), []).append(row)
+    return [
+        f"  {kind}.*  {len(held)} tensors  {number(sum(row.num_bytes for row in held))}B"
+        for kind, held in sorted(kinds.items())
+    ]
 
 
 def _certificate(report: dict) -> str:

@@ -59,7 +59,7 @@ class Vocab(Mapping):
     def to_megatron(self, tensors: HFTensors) -> Tensor:
         tensor = tensors[self.hf[0]]
         padding = padded_vocab_size(self.vocab_size) - self.vocab_size
-        return torch.cat([tensor, tensor.new_zeros(padding, *tensor.shape[1:])])
+        return torch.cat([tensor, tensor.new_zeros(padding, *tensor.shape[1:])]) if padding else tensor
 
     def to_hf(self, tensor: Tensor) -> HFTensors:
         return {self.hf[0]: tensor[: self.vocab_size]}

@@ -162,7 +162,7 @@ def test_an_error_half_way_leaves_nothing(converted, tmp_path, monkeypatch):
 
 
 def test_a_conversion_holds_a_few_parameters(tmp_path):
-    """Of 250 MB of weights, the largest of 17 MB."""
+    """Of 250 MB of weights, the largest of 8 MB."""
     from megarl.checkpoint.convert import hf_to_megatron, megatron_to_hf
 
     benchmark = runpy.run_path(str(ROOT / "benchmarks" / "convert_memory.py"))
