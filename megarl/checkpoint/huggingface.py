@@ -26,7 +26,6 @@ from megarl.models.family import FAMILIES
 from megarl.models.mapping import Mapping
 
 INDEX_FILE = "model.safetensors.index.json"
-TIED_OUTPUT = "lm_head.weight"
 DERIVED = re.compile(r".*\.rotary_emb\.inv_freq")  # buffers that older files hold and config.json determines
 
 _WEIGHT_FILE = re.compile(r".*\.(safetensors|bin|pt|pth|gguf|h5|msgpack|index\.json)$")
@@ -146,6 +145,12 @@ class HFReader:
         return {self.meta(name).dtype for name in self.files}
 
 
+def tied_output(mappings: list[Mapping]) -> str:
+    """What a file calls an output matrix that is the embedding; the table does not know it."""
+    embedding = next(mapping.hf[0] for mapping in mappings if "word_embeddings" in mapping.megatron)
+    return embedding.removesuffix("model.embed_tokens.weight") + "lm_head.weight"
+
+
 def check_keys(reader: HFReader, mappings: list[Mapping], *, tied: bool) -> list[str]:
     """Problems of a directory's key set against the mapping table: one line each for missing and unknown keys.
 
@@ -154,7 +159,7 @@ def check_keys(reader: HFReader, mappings: list[Mapping], *, tied: bool) -> list
     """
     expected = {name for mapping in mappings for name in mapping.hf}
     optional = {name for mapping in mappings for name in mapping.optional}
-    allowed = expected | ({TIED_OUTPUT} if tied else set())
+    allowed = expected | ({tied_output(mappings)} if tied else set())
     missing = sorted(name for name in expected - optional if name not in reader)
     unknown = sorted(name for name in reader.keys() if name not in allowed and not DERIVED.fullmatch(name))  # noqa: SIM118
     problems = [f"missing keys: {listed(missing)}"] if missing else []

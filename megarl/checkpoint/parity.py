@@ -14,7 +14,7 @@ import torch
 from megatron.core.transformer.module import MegatronModule
 from torch import Tensor
 
-from megarl.checkpoint.huggingface import DERIVED, TIED_OUTPUT, HFReader, read_config
+from megarl.checkpoint.huggingface import DERIVED, HFReader, read_config, tied_output
 from megarl.models.family import family_of
 from megarl.models.mapping import Mapping
 from megarl.utils import torchvision_cpu
@@ -64,9 +64,9 @@ def compare_tensors(tensors: Iterable[tuple[str, Tensor]], mappings: list[Mappin
         }
     expected = {name for mapping in mappings for name in mapping.hf} - {n for m in mappings for n in m.optional}
     embedding = next((mapping.hf[0] for mapping in mappings if "word_embeddings" in mapping.megatron), None)
-    duplicates = {}
-    if TIED_OUTPUT in reader and TIED_OUTPUT not in compared and embedding in reader:
-        duplicates[TIED_OUTPUT] = {"of": embedding, "equal": torch.equal(reader[TIED_OUTPUT], reader[embedding])}
+    duplicates, output = {}, tied_output(mappings)
+    if output in reader and output not in compared and embedding in reader:
+        duplicates[output] = {"of": embedding, "equal": torch.equal(reader[output], reader[embedding])}
     derived = sorted(name for name in reader.keys() if DERIVED.fullmatch(name))  # noqa: SIM118
     unaccounted = sorted(set(reader.keys()) - set(compared) - set(duplicates) - set(derived))
     missing = sorted(expected - set(compared))

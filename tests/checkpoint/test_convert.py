@@ -16,6 +16,7 @@ from safetensors.torch import load_file, save_file
 from megarl.checkpoint.huggingface import HFReader
 from megarl.checkpoint.manifest import read_manifest
 from megarl.utils.checksum import tensor_checksum
+from tests.models.llava import Llava, LlavaNext, LlavaOnevision
 from tests.models.text import CONFIGS, Text
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -69,12 +70,12 @@ def test_manifest_records_the_layout_that_was_asked_for(converted):
     assert (manifest.step, manifest.contents, manifest.dtype) == (0, ["model"], "bfloat16")
 
 
-def load_and_export(directory: str, path: str, layout: tuple[int, ...]) -> dict[str, str]:
+def load_and_export(directory: str, path: str, layout: tuple[int, ...], dtype: str = "bfloat16") -> dict[str, str]:
     from megarl.checkpoint import megatron
     from megarl.checkpoint.export import export_to_rank_zero
     from tests.checkpoint.training import build_model, run_config
 
-    model, mappings = build_model(run_config(directory, layout, dtype="bfloat16"), weights=False)
+    model, mappings = build_model(run_config(directory, layout, dtype=dtype), weights=False)
     assert megatron.load(path, model) == {"step": 0}
     return {name: tensor_checksum(tensor) for name, tensor in export_to_rank_zero(model, mappings)}
 
@@ -112,6 +113,30 @@ def test_rounding_on_the_way_back_is_not_called_exact(tmp_path):
     assert 0 < report["max_abs_diff"] < 2**-7
     assert HFReader(tmp_path / "back").dtypes() == {torch.bfloat16}
     assert json.loads((tmp_path / "back" / "config.json").read_text())["dtype"] == "bfloat16"
+
+
+@pytest.mark.parametrize(
+    "name", ["clip_qwen3_layers", "dinov2_swiglu_phi3", "next_clip_mistral", "onevision_siglip_qwen2"]
+)
+def test_llavas_go_there_and_back(pool, tmp_path, name):
+    from megarl.checkpoint.convert import hf_to_megatron, megatron_to_hf
+
+    case = next(case for case in (Llava(), LlavaNext(), LlavaOnevision()) if name in case.names)
+    case.model(name).save_pretrained(tmp_path / "hf")
+    if case.config(name).tie_word_embeddings:  # a duplicate, as older versions of transformers wrote it
+        tensors = load_file(tmp_path / "hf" / "model.safetensors")
+        output, embedding = "language_model.lm_head.weight", "language_model.model.embed_tokens.weight"
+        save_file(tensors | {output: tensors[embedding].clone()}, tmp_path / "hf" / "model.safetensors")
+    there = hf_to_megatron(tmp_path / "hf", tmp_path / "megatron", ["parallel.tensor_model_parallel_size=2"])
+    back = megatron_to_hf(tmp_path / "megatron", tmp_path / "back")
+    for report in (there, back):
+        assert report["bit_exact"]
+        assert report["logits"]["max_abs_diff"] < 1e-5 * report["logits"]["largest_logit"]
+        assert report["logits"]["image_patches"] >= 9
+    assert bool(there["keys"]["tied_duplicates"]) == case.config(name).tie_word_embeddings
+    if name == "dinov2_swiglu_phi3":  # the tower that has most parts of its own
+        paths = str(tmp_path / "hf"), str(tmp_path / "megatron")
+        assert pool.run(load_and_export, 4, *paths, (2, 2), "float32")[0] == checksums(tmp_path / "hf")
 
 
 @pytest.mark.parametrize("name", CONFIGS)
