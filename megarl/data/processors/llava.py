@@ -61,9 +61,9 @@ class LlavaProcessor(Processor):
         self.side = self.image_size // self.patch_size
         self.patch_dim = vision.num_channels * self.patch_size**2
         for key in ("min_pixels", "max_pixels"):
-            if bounds.get(key):
+            if options.get(key):
                 raise ValueError(
-                    f"model.{key}={bounds[key]}: the vision tower of {hf_dir} takes images, or tiles of images, of "
+                    f"model.{key}={options[key]}: the vision tower of {hf_dir} takes images, or tiles of images, of "
                     f"{self.image_size} x {self.image_size} pixels only"
                 )
         if vision.model_type not in _HAS_CLASS_TOKEN:
