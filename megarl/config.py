@@ -54,7 +54,7 @@ class ModelConfig:
     dtype: str = "float32"  # parameters and activations: float32 | bfloat16 (with float32 main parameters)
     freeze: list[str] = field(default_factory=list)  # parts not trained: vision_tower | projector | decoder
     transformer_impl: str = "local"  # local (torch) | transformer_engine
-    attention_backend: str = "auto"  # auto | sdpa | varlen (CUDA only); transformer_engine brings its own
+    attention_backend: str = "auto"  # auto | sdpa | varlen, flex (CUDA); transformer_engine brings its own
     recompute: str = "none"  # activations kept: none = all | full = only the inputs of layers
     min_pixels: int = 0  # bounds of an image after resizing, in pixels; 0: as the preprocessor says
     max_pixels: int = 0
@@ -63,7 +63,7 @@ class ModelConfig:
     def __post_init__(self) -> None:
         check_choice("model.dtype", self.dtype, ["float32", "bfloat16"])
         check_choice("model.transformer_impl", self.transformer_impl, ["local", "transformer_engine"])
-        check_choice("model.attention_backend", self.attention_backend, ["auto", "sdpa", "varlen"])
+        check_choice("model.attention_backend", self.attention_backend, ["auto", "sdpa", "varlen", "flex"])
         check_choice("model.recompute", self.recompute, ["none", "full"])
         _check_not_negative("model", self, "min_pixels", "max_pixels")
         for part in self.freeze:
@@ -425,8 +425,8 @@ class RunConfig:
         implementation, backend = self.model.transformer_impl, self.model.attention_backend
         if self.trainer.share_prompts and (implementation != "local" or backend == "varlen"):
             raise ValueError(
-                f"trainer.share_prompts=True needs sdpa attention, which model.transformer_impl={implementation} with "
-                f"model.attention_backend={backend} is not"
+                f"trainer.share_prompts=True needs sdpa or flex attention, which model.attention_backend={backend} with "
+                f"model.transformer_impl={implementation} is not"
             )
         if self.parallel.context_parallel_size > 1:
             if self.trainer.share_prompts:
@@ -436,9 +436,11 @@ class RunConfig:
                     "parallel.cp_comm_type=all_gather: Transformer Engine takes no packed sequences with it; "
                     "use p2p or a2a, or model.transformer_impl=local"
                 )
-            if backend == "varlen" and self.parallel.cp_comm_type == "p2p":
+            exchanges = {"varlen": ("all_gather", "a2a"), "flex": ("a2a",)}.get(backend, CP_COMM_TYPES)
+            if self.parallel.cp_comm_type not in ("auto", *exchanges):
                 raise ValueError(
-                    "parallel.cp_comm_type=p2p: model.attention_backend=varlen has no ring; use all_gather or a2a"
+                    f"parallel.cp_comm_type={self.parallel.cp_comm_type}: model.attention_backend={backend} works with "
+                    f"{' or '.join(exchanges)}"
                 )
         try:
             self.parallel.check_world(self.world_size)

@@ -28,6 +28,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
 from megarl.parallel import context, groups
+from megarl.parallel.flex import BlockMask, block_mask, flex_packed
 from megarl.parallel.layout import SequenceLayout, Span, sequence_spans
 from megarl.parallel.ring import RingLayouts, ring_attention
 
@@ -119,6 +120,16 @@ class PackedSequences(PackedSeqParams):
     def varlen(self) -> Varlen:
         """Whole sequences, in the order of the pack."""
         return Varlen(self.cu_seqlens_q, self.cu_seqlens_kv, self.max_seqlen_q, self.max_seqlen_kv)
+
+    def flex(self, causal: bool) -> BlockMask:
+        """Whole sequences, in the order of the pack."""
+        if causal not in self._flex:
+            self._flex[causal] = block_mask(self.cu_seqlens_q, self.parents, causal=causal)
+        return self._flex[causal]
+
+    @cached_property
+    def _flex(self) -> dict[bool, BlockMask]:
+        return {}
 
     @cached_property
     def chunk_varlen(self) -> Varlen:
@@ -270,6 +281,8 @@ class TorchAttention(MegatronModule):
 
     def _attend(self, query: Tensor, key: Tensor, value: Tensor, packed: PackedSequences, causal: bool) -> Tensor:
         """Whole sequences attend to themselves."""
+        if self.backend == "flex":
+            return flex_packed(query, key, value, packed.flex(causal), scale=self.scale)
         if self._flash(query) and packed.parents is None:
             return varlen_packed(query, key, value, packed.varlen, scale=self.scale, causal=causal)
         return sdpa_packed(query, key, value, packed.whole, scale=self.scale, causal=causal)

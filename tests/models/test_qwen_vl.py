@@ -150,6 +150,7 @@ PP2, VPP = {"pipeline_model_parallel_size": 2}, "virtual_pipeline_model_parallel
         ),
         ({"megatron": {"layernorm_epsilom": 1}}, {}, ValueError, "did you mean model.megatron.layernorm_epsilon?"),
         ({"attention_backend": "varlen"}, {}, ValueError, "model.attention_backend=varlen needs CUDA"),
+        ({"attention_backend": "flex"}, {}, ValueError, "model.attention_backend=flex needs CUDA"),
         ({"transformer_impl": "transformer_engine"}, {}, ImportError, "needs the package transformer-engine"),
     ],
 )

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from megarl.parallel.attention import packed_sequences, sdpa_packed
+from megarl.parallel.flex import flex_packed
 
 LENGTHS = [
     [1],
@@ -77,3 +78,14 @@ def test_padding_is_less_than_half():
     lengths = [3, 100, 65, 9, 1, 130, 250]
     layout = packed_sequences(torch.tensor([0, *lengths]).cumsum(0).int()).whole
     assert sum(bucket.rows.numel() for bucket in layout.buckets) < 2 * sum(lengths)
+
+
+@pytest.mark.parametrize(("causal", "parents"), [(True, None), (False, None), (True, [-1, 0, -1, 0, 2, -1])])
+def test_flex_equals_sdpa(causal, parents):
+    """Forward only: torch computes no gradient of it on a CPU."""
+    torch.manual_seed(0)
+    cu_seqlens = torch.tensor([0, 7, 3, 90, 5, 2, 33]).cumsum(0).int()
+    packed = packed_sequences(cu_seqlens, None if parents is None else torch.tensor(parents))
+    query, key, value = (torch.randn(140, heads, 16) for heads in (6, 2, 2))
+    expected = sdpa_packed(query, key, value, packed.whole, scale=0.3, causal=causal)
+    torch.testing.assert_close(flex_packed(query, key, value, packed.flex(causal), scale=0.3), expected)

@@ -56,6 +56,8 @@ def layer_spec(model: ModelConfig, config: TransformerConfig, *, causal: bool = 
     else:
         if model.attention_backend == "varlen" and not (torch.cuda.is_available() and model.dtype == "bfloat16"):
             raise ValueError("model.attention_backend=varlen needs CUDA and model.dtype=bfloat16")
+        if model.attention_backend == "flex" and not torch.cuda.is_available():
+            raise ValueError("model.attention_backend=flex needs CUDA: torch computes no gradient of it on a CPU")
         spec = get_gpt_layer_local_spec(normalization="RMSNorm")
         norm = norm_module(config)
         spec.submodules.input_layernorm = spec.submodules.pre_mlp_layernorm = norm
