@@ -425,8 +425,8 @@ class RunConfig:
         implementation, backend = self.model.transformer_impl, self.model.attention_backend
         if self.trainer.share_prompts and (implementation != "local" or backend == "varlen"):
             raise ValueError(
-                f"trainer.share_prompts=True needs sdpa or flex attention, which model.attention_backend={backend} with "
-                f"model.transformer_impl={implementation} is not"
+                f"trainer.share_prompts=True needs sdpa or flex attention, not model.attention_backend={backend} "
+                f"with model.transformer_impl={implementation}"
             )
         if self.parallel.context_parallel_size > 1:
             if self.trainer.share_prompts:
