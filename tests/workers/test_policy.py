@@ -202,6 +202,22 @@ def test_scores_are_whole_and_weights_leave_as_they_came(model, pool, layout):
     assert results[0][1:] == (count, [])
 
 
+def test_ranks_load_plugins(model, pool, tmp_path):
+    path = tmp_path / "plugin.py"
+    path.write_text(
+        "from megarl.algorithms.policy_losses import register_policy_loss\n\n@register_policy_loss\n"
+        "def mine(actions, config):\n    return -actions.logprobs, {'actor/mine': 0 * actions.logprobs + 7}\n"
+    )
+    metrics, _ = run(model, pool, "one rank", plugins=[str(path)], policy_loss="mine")
+    assert metrics["actor/mine"] == 7
+
+
+def test_supervised_training_knows_no_engine(model, pool, one_rank):
+    metrics, _ = run(model, pool, "one rank", policy_loss="sft")
+    assert metrics["actor/pg_loss"] == pytest.approx(one_rank[0]["rollout_corr/training_log_ppl"], rel=0.2)
+    assert not any(name.startswith(("training/", "rollout_corr/", "actor/ppo_kl")) for name in metrics)
+
+
 def test_a_step_with_nothing_to_train_changes_nothing(model, pool):
     from megarl.workers.group import merge
 
