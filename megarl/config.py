@@ -47,6 +47,36 @@ def _check_not_negative(section: str, config: Any, *names: str) -> None:
             raise ValueError(f"{section}.{name}={getattr(config, name)} must not be negative")
 
 
+PARTS = ["vision_tower", "projector", "decoder"]
+
+
+@dataclass
+class LoraConfig:
+    """Low-rank adapters on linear layers; everything else is frozen, and is the reference of ``algorithm.kl_coef``."""
+
+    rank: int = 0  # 0: no adapters, all parameters are trained
+    alpha: float = 32.0  # what an adapter adds is scaled by alpha / rank
+    use_rslora: bool = False  # scaled by alpha / sqrt(rank) instead
+    # names of layers as PEFT matches them (q_proj, o_proj, down_proj, ...), or all-linear
+    target_modules: list[str] = field(default_factory=lambda: ["all-linear"])
+    parts: list[str] = field(default_factory=lambda: ["decoder"])  # of vision_tower | projector | decoder
+    path: str = ""  # PEFT directory whose adapters to start from; empty: adapters that change nothing yet
+
+    def __post_init__(self) -> None:
+        _check_not_negative("model.lora", self, "rank")
+        _check_positive("model.lora", self, "alpha")
+        for part in self.parts:
+            check_choice("model.lora.parts", part, PARTS)
+        if self.rank and not (self.parts and self.target_modules):
+            raise ValueError("model.lora.parts and model.lora.target_modules must name something to adapt")
+        if self.path and not self.rank:
+            raise ValueError(f"model.lora.path={self.path} needs model.lora.rank")
+
+    @property
+    def scale(self) -> float:
+        return self.alpha / (math.sqrt(self.rank) if self.use_rslora else self.rank)
+
+
 @dataclass
 class ModelConfig:
     path: str = ""  # Hugging Face directory: config.json, safetensors, tokenizer, preprocessor
@@ -56,6 +86,7 @@ class ModelConfig:
     transformer_impl: str = "local"  # local (torch) | transformer_engine
     attention_backend: str = "auto"  # auto | sdpa | varlen, flex (CUDA); transformer_engine brings its own
     recompute: str = "none"  # activations kept: none = all | full = only the inputs of layers
+    lora: LoraConfig = field(default_factory=LoraConfig)
     min_pixels: int = 0  # bounds of an image after resizing, in pixels; 0: as the preprocessor says
     max_pixels: int = 0
     megatron: dict[str, Any] = field(default_factory=dict)  # further fields of mcore's TransformerConfig, verbatim
@@ -67,7 +98,9 @@ class ModelConfig:
         check_choice("model.recompute", self.recompute, ["none", "full"])
         _check_not_negative("model", self, "min_pixels", "max_pixels")
         for part in self.freeze:
-            check_choice("model.freeze", part, ["vision_tower", "projector", "decoder"])
+            check_choice("model.freeze", part, PARTS)
+            if self.lora.rank and part in self.lora.parts:
+                raise ValueError(f"model.freeze and model.lora.parts both name {part}")
 
 
 @dataclass

@@ -1,5 +1,6 @@
 """Live weights under their Hugging Face names, for weight sync and for writing Hugging Face directories.
 
+A layer with adapters gives its matrix with their product added, in a tensor of its own: the model is not touched.
 Everything here reads parameters as they are. With ``overlap_param_gather`` the all-gather of the last optimizer step
 may still be due: the caller runs ``ddp.start_param_sync(force_sync=True)`` first, or gets weights that are a step old.
 """
@@ -16,6 +17,7 @@ from megatron.core import parallel_state
 from torch import Tensor, nn
 
 from megarl.checkpoint.huggingface import parameters_of
+from megarl.models.common.lora import adapted_layers
 from megarl.models.mapping import Mapping
 
 BUCKET_BYTES = 512 << 20
@@ -63,20 +65,25 @@ def export_tensors(
     keeps the parameters'. A tensor may be a view of the live parameter: copy what must outlive the next step.
     ``model`` is the unwrapped module.
     """
-    local = parameters_of(model, model.global_name)
+    local, adapted = parameters_of(model, model.global_name), adapted_layers(model)
     own = [mapping for mapping in mappings if any(not _is_tied_copy(model, p) for p in local.get(mapping.megatron, []))]
     size = parallel_state.get_tensor_model_parallel_world_size()
     bucket: list[Mapping] = []
     num_bytes = 0
 
+    def shard(mapping: Mapping) -> Tensor:
+        parameter = local[mapping.megatron][0].detach()
+        layer = adapted.get(id(local[mapping.megatron][0]))
+        return parameter if layer is None else layer.adapter.merged(parameter)
+
     def emit() -> Bucket:
         split = [mapping for mapping in bucket if mapping.shard_dim is not None]
-        gathered = _gather_shards([local[mapping.megatron][0].detach() for mapping in split]) if split else []
+        gathered = _gather_shards([shard(mapping) for mapping in split]) if split else []
         shards = {mapping.megatron: parts for mapping, parts in zip(split, gathered, strict=True)}
         tensors: Bucket = []
         for mapping in bucket:
             name = mapping.megatron
-            whole = mapping.join(shards[name]) if name in shards else local[name][0].detach()
+            whole = mapping.join(shards[name]) if name in shards else shard(mapping)
             tensors += [(key, t if dtype is None else t.to(dtype)) for key, t in mapping.to_hf(whole).items()]
         return tensors
 

@@ -6,8 +6,10 @@ from pathlib import Path
 
 import torch
 
+from megarl.checkpoint.adapters import load_peft
 from megarl.checkpoint.huggingface import load_hf, read_config
 from megarl.config import RunConfig
+from megarl.models.common import lora
 from megarl.models.common.interleaved import chunks_of
 from megarl.models.family import build_stage, family_of
 from megarl.models.mapping import Mapping
@@ -38,6 +40,21 @@ def build_model(config: RunConfig, hf_dir: str | Path, *, weights: bool = True) 
     if weights:
         load_hf(model, mappings, hf_dir)
     return model, mappings
+
+
+def add_adapters(
+    config: RunConfig, model: MegatronModule, mappings: list[Mapping], *, weights: bool = True
+) -> list[Mapping]:
+    """Freeze ``model`` and give it the adapters of ``model.lora``; their mappings, none without them.
+
+    ``weights=False``: ``model.lora.path`` is not read, because a checkpoint will be loaded over it.
+    """
+    if not config.model.lora.rank:
+        return []
+    adapters = lora.attach(model, mappings, config.model.lora, chunks_of(model)[0].parts, seed=config.seed)
+    if config.model.lora.path and weights:
+        load_peft(model, adapters, config.model.lora.path, config.model.lora, config.model.path)
+    return adapters
 
 
 def build_trainable(

@@ -126,6 +126,20 @@ def trained(sample: Sample) -> Tensor:
     return (sample.tokens[1:] < WORDS).nonzero()[:, 0]
 
 
+def evaluate(case: Case, model: torch.nn.Module, reference: Reference) -> tuple[list[Tensor], Tensor]:
+    """Logits [L, V] of each sample and the sum of the losses, from one padded batch."""
+    samples = reference.samples
+    width = max(len(s.tokens) for s in samples)
+    tokens = torch.stack([torch.nn.functional.pad(s.tokens, (0, width - len(s.tokens))) for s in samples])
+    mask = torch.stack([(torch.arange(width) < len(s.tokens)).long() for s in samples])
+    logits = model(input_ids=tokens, attention_mask=mask, **case.inputs(samples, tokens)).logits
+    total = torch.zeros(())
+    for row, sample, weights in zip(logits, samples, reference.weights, strict=True):
+        at = trained(sample)
+        total = total + loss_of(row[at], sample.tokens[at + 1], weights)
+    return [row[: len(s.tokens)].detach() for row, s in zip(logits, samples, strict=True)], total
+
+
 def reference(case: Case, name: str, directory: Path) -> Reference:
     """Write the model ``name`` to ``directory`` and run transformers on one padded batch of the samples."""
     model = case.model(name)
@@ -134,15 +148,7 @@ def reference(case: Case, name: str, directory: Path) -> Reference:
     samples = case.samples(model, seed=0)
     generator = torch.Generator().manual_seed(1)
     result = Reference(str(directory), samples, [torch.randn(len(trained(s)), generator=generator) for s in samples])
-    width = max(len(s.tokens) for s in samples)
-    tokens = torch.stack([torch.nn.functional.pad(s.tokens, (0, width - len(s.tokens))) for s in samples])
-    mask = torch.stack([(torch.arange(width) < len(s.tokens)).long() for s in samples])
-    logits = model(input_ids=tokens, attention_mask=mask, **case.inputs(samples, tokens)).logits
-    total = torch.zeros(())
-    for row, sample, weights in zip(logits, samples, result.weights, strict=True):
-        at = trained(sample)
-        total = total + loss_of(row[at], sample.tokens[at + 1], weights)
-        result.logits.append(row[: len(sample.tokens)].detach())
+    result.logits, total = evaluate(case, model, result)
     (total / sum(len(w) for w in result.weights)).backward()
     named = [(canonical_name(n), p) for n, p in model.named_parameters()]
     result.gradients = {n: p.grad.clone() for n, p in named if p.grad is not None}

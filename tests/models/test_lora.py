@@ -1,0 +1,170 @@
+"""Adapters equal PEFT's on transformers: logits, gradients and files, on every parallel layout."""
+
+from __future__ import annotations
+
+import json
+from functools import cache, partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from megarl.checkpoint.huggingface import CheckpointError
+from megarl.config import LoraConfig, ModelConfig, OptimizerConfig, ParallelConfig, RunConfig
+from megarl.kernels.logprob import linear_logprob
+from tests.distributed import RankError
+from tests.models.peft_reference import PeftReference, peft_reference
+from tests.models.parity import MICROBATCHES, assert_near, check_logits
+from tests.models.qwen_vl import Qwen25VL
+from tests.models.reference import BANNED, ENTROPY_COEF, TEMPERATURE, Batch, pack
+
+EVERY = ["vision_tower", "projector", "decoder"]
+LORAS = {
+    "decoder": LoraConfig(rank=3, alpha=6),
+    "everything": LoraConfig(rank=4, alpha=3, use_rslora=True, parts=EVERY),
+    "q_v_up": LoraConfig(rank=2, alpha=5, target_modules=["q_proj", "v_proj", "up_proj"]),
+    "tower": LoraConfig(rank=2, target_modules=["qkv", "down_proj"], parts=["vision_tower"]),
+}
+LAYOUTS = {
+    "tp1": (1, ParallelConfig()),
+    "tp2": (2, ParallelConfig(tensor_model_parallel_size=2)),
+    "tp2_sp": (2, ParallelConfig(tensor_model_parallel_size=2, sequence_parallel=True)),
+    "pp2": (2, ParallelConfig(pipeline_model_parallel_size=2)),
+    "tp2_sp_pp2": (
+        4,
+        ParallelConfig(tensor_model_parallel_size=2, pipeline_model_parallel_size=2, sequence_parallel=True),
+    ),
+}
+CASES = [("decoder", "tp1"), ("decoder", "tp2"), ("q_v_up", "tp2_sp"), ("tower", "pp2")] + [
+    ("everything", layout) for layout in LAYOUTS
+]
+
+
+@pytest.fixture(scope="module")
+def references(tmp_path_factory):
+    """``references(name)``: a tiny model, adapters as ``LORAS[name]`` says, and what PEFT says about them."""
+    return cache(lambda name: peft_reference(Qwen25VL(), "gqa4_untied", LORAS[name], tmp_path_factory.mktemp(name)))
+
+
+def run_config(ref: PeftReference, parallel: ParallelConfig, **model: Any) -> RunConfig:
+    lora = LoraConfig(**(vars(ref.lora) | {"path": ref.adapter}))
+    return RunConfig(
+        model=ModelConfig(path=ref.directory, lora=lora, **model),
+        parallel=parallel,
+        optimizer=OptimizerConfig(lr=1e-2, eps=1e-2, clip_grad=1e9),
+    )
+
+
+def train(ref: PeftReference, config: RunConfig, batches: list[Batch]) -> dict[str, Any]:
+    """One step on this rank: its shards of the logits with and without adapters, of their gradients and values."""
+    from megatron.core import parallel_state as ps
+    from megatron.core.pipeline_parallel import get_forward_backward_func
+
+    from megarl.models.common.lora import adapters_off
+    from megarl.parallel import groups
+    from megarl.workers.build import add_adapters, build_model, build_trainable
+
+    groups.initialize(config.parallel, seed=0)
+    model, mappings = build_model(config, ref.directory)
+    adapters = add_adapters(config, model, mappings)
+    ddp, optimizer, _ = build_trainable(config, model)
+    base = {n: p.detach().clone() for n, p in model.named_parameters() if ".adapter." not in n}
+    logits: list[torch.Tensor] = []
+
+    def loss(batch: Batch, hidden: torch.Tensor) -> tuple:
+        weight = model.output_weight()
+        logits.append((hidden @ weight.T).detach())
+        logprobs, entropy = linear_logprob(
+            hidden[batch.rows],
+            weight,
+            batch.targets,
+            temperature=TEMPERATURE,
+            banned_ids=BANNED,
+            vocab_size=model.vocab_size,
+            tp_group=ps.get_tensor_model_parallel_group(),
+        )
+        value = (batch.weights * (-logprobs - ENTROPY_COEF * entropy)).sum()
+        return value, torch.tensor(len(batch.rows), dtype=torch.int), {}
+
+    def forward(iterator, model):
+        batch = next(iterator)
+        return model(*batch.forward), partial(loss, batch)
+
+    def run(module: torch.nn.Module, *, forward_only: bool) -> list[torch.Tensor]:
+        logits.clear()
+        get_forward_backward_func()(
+            forward_step_func=forward,
+            data_iterator=iter(batches),
+            model=module,
+            num_microbatches=len(batches),
+            seq_length=batches[0].forward[0].shape[1],
+            micro_batch_size=1,
+            forward_only=forward_only,
+        )
+        return list(logits)
+
+    with torch.no_grad(), adapters_off(model):
+        bare = run(model, forward_only=True)
+    ddp.zero_grad_buffer()
+    optimizer.zero_grad()
+    whole = run(ddp, forward_only=False)
+    named = {model.global_name(n): p for n, p in model.named_parameters() if ".adapter." in n}
+    gradients = {n: p.main_grad.clone() for n, p in named.items()}
+    _, norm, _ = optimizer.step()
+    after = {n: p for n, p in model.named_parameters() if ".adapter." not in n}
+    assert all(torch.equal(value, base[n]) for n, value in after.items())
+    assert {id(p) for p in ddp.param_to_bucket_group} == {id(p) for p in named.values()}
+    return {
+        "tp": ps.get_tensor_model_parallel_rank(),
+        "dp": 0,
+        "adapters": adapters,
+        "bare": bare,
+        "logits": whole,
+        "gradients": gradients,
+        "norm": float(norm),
+    }
+
+
+def joined(results: list[dict]) -> dict[str, torch.Tensor]:
+    """The adapters' gradients, whole, by canonical name."""
+    whole = {}
+    for number in range(len(results[0]["adapters"])):
+        holders = [(r["adapters"][number], r) for r in results]
+        holders = [(m, r) for m, r in holders if m.megatron in r["gradients"]]
+        mapping = holders[0][0]
+        shards = {r["tp"]: r["gradients"][mapping.megatron] for _, r in holders}
+        if mapping.shard_dim is None:
+            for shard in shards.values():
+                torch.testing.assert_close(shard, shards[0], rtol=1e-5, atol=1e-7)
+        whole |= mapping.to_hf(mapping.join([shards[rank] for rank in sorted(shards)]))
+    return whole
+
+
+def run(pool, ref: PeftReference, layout: str, **model: Any) -> list[dict]:
+    world_size, parallel = LAYOUTS[layout]
+    batches = [pack(ref, indices, multiple=parallel.tensor_model_parallel_size) for indices in MICROBATCHES]
+    return pool.run(train, world_size, ref, run_config(ref, parallel, **model), batches)
+
+
+@pytest.mark.parametrize(("name", "layout"), CASES)
+def test_equals_peft(pool, references, name, layout):
+    ref = references(name)
+    results = run(pool, ref, layout)
+    check_logits(results, ref, MICROBATCHES)
+    assert_near(joined(results), ref.gradients)
+    norm = sum(float(g.norm() ** 2) for g in ref.gradients.values()) ** 0.5
+    assert [r["norm"] for r in results] == pytest.approx([norm] * len(results), rel=1e-5)
+    bare = PeftReference(ref.directory, ref.samples, ref.weights, logits=ref.bare_logits)
+    check_logits([r | {"logits": r["bare"]} for r in results], bare, MICROBATCHES)
+
+
+@pytest.mark.parametrize("name", ["decoder", "tower"])
+def test_recompute_changes_nothing(pool, references, name):
+    """Autograd skips a checkpoint whose inputs need no gradient, as those of a frozen embedding do."""
+    ref = references(name)
+    kept, recomputed = (joined(run(pool, ref, "tp2_sp", recompute=recompute)) for recompute in ("none", "full"))
+    for n, gradient in kept.items():
+        assert gradient.any(), n
+        torch.testing.assert_close(recomputed[n], gradient, rtol=1e-6, atol=1e-9, msg=n)
