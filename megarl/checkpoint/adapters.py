@@ -8,22 +8,35 @@ says: its model is built without weights and asked for its names.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable
+import math
+from collections.abc import Iterable, Iterator
 from functools import cache
 from pathlib import Path
 from typing import Any
 
 import torch
-import transformers
 from megatron.core import parallel_state
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from megarl.checkpoint.huggingface import CheckpointError, canonical_names, listed, parameters_of, read_config
+from megarl.checkpoint.huggingface import (
+    CheckpointError,
+    HFReader,
+    canonical_names,
+    listed,
+    parameters_of,
+    read_config,
+    write_hf,
+)
 from megarl.config import LoraConfig
-from megarl.models.common.lora import HF_A, HF_B, WEIGHT
+from megarl.models.common.lora import HF_A, HF_B, WEIGHT, add_product
 from megarl.models.mapping import Mapping
+from megarl.utils import torchvision_cpu
+
+torchvision_cpu.install()
+
+import transformers  # noqa: E402
 
 CONFIG_FILE, WEIGHTS_FILE = "adapter_config.json", "adapter_model.safetensors"
 PREFIX = "base_model.model."
@@ -129,3 +142,29 @@ def load_peft(
                 shapes = ", ".join(f"{name} {list(tensors[name].shape)}" for name in mapping.hf)
                 raise CheckpointError(f"{directory}: {shapes} do not fit {mapping.megatron} {list(parameter.shape)}")
             parameter.copy_(shard)
+
+
+def merge_peft(hf_dir: str | Path, adapter_dir: str | Path, out_dir: str | Path) -> int:
+    """Write ``hf_dir`` with the adapters of ``adapter_dir`` added to its matrices; how many were.
+
+    One process holds one tensor at a time, besides the adapters. ``CheckpointError`` when an adapter has no matrix.
+    """
+    reader = HFReader(Path(hf_dir))
+    config, tensors = read_peft(adapter_dir, hf_dir)
+    _check_config(adapter_dir, config, LoraConfig(config["r"], float(config["lora_alpha"]), config["use_rslora"]))
+    scale = config["lora_alpha"] / (math.sqrt(config["r"]) if config["use_rslora"] else config["r"])
+    modules = {_module(name) for name in tensors}
+    lost = sorted(module for module in modules if module + WEIGHT not in reader)
+    lost += sorted(module for module in modules if {module + HF_A, module + HF_B} - set(tensors))
+    if lost or not modules:
+        raise CheckpointError(f"{adapter_dir}: adapters without a matrix in {hf_dir}: {listed(lost) or 'none at all'}")
+
+    def merged() -> Iterator[tuple[str, Tensor]]:
+        for name in reader.keys():  # noqa: SIM118
+            module, tensor = name.removesuffix(WEIGHT), reader[name]
+            if name == module + WEIGHT and module in modules:
+                tensor = add_product(tensor, tensors[module + HF_A], tensors[module + HF_B], scale)
+            yield name, tensor
+
+    write_hf(out_dir, merged(), hf_dir)
+    return len(modules)

@@ -1,7 +1,7 @@
 """Checkpoints of a training run: model, optimizer, schedule and random generators, at any parallel layout.
 
 The tensors are mcore's ``torch_dist`` format, which knows no layout: what tp2 pp2 saved loads at tp1. ``manifest.py``
-says what lies where. Only load checkpoints that you trust: the format's index is a pickle.
+says what lies where. Of a model with adapters only these are saved: the rest is what ``model.path`` holds. Only load checkpoints that you trust: the format's index is a pickle.
 """
 
 from __future__ import annotations
@@ -54,6 +54,7 @@ from megarl.checkpoint.manifest import (
 from megarl.checkpoint.optimizer_state import OPTIMIZER_FORMAT, padded_buckets
 from megarl.checkpoint.progress import progress
 from megarl.config import RunConfig, to_yaml
+from megarl.models.common.lora import CHILD, is_adapted
 
 __all__ = ["Handle", "complete", "latest", "load", "prune", "save", "save_to"]
 
@@ -134,10 +135,18 @@ def _set_rng_state(state: dict[str, Any]) -> None:
         torch.cuda.set_rng_state(state["cuda"])
 
 
+def _model_part(module: nn.Module) -> str:
+    """What a checkpoint holds of ``module``: all of the model, or its adapters."""
+    return "adapters" if is_adapted(module) else "model"
+
+
 def _state(model: nn.Module, optimizer: MegatronOptimizer | None, *, is_loading: bool) -> dict[str, Any]:
     """What to save or load, as mcore's sharded tensors that are the live parameters."""
     module = unwrap_model(model)
-    state: dict[str, Any] = {"model": module.sharded_state_dict()}
+    part = _model_part(module)
+    state: dict[str, Any] = {part: module.sharded_state_dict()}
+    if part == "adapters":
+        state[part] = {name: tensor for name, tensor in state[part].items() if CHILD in name}
     if optimizer is not None:
         again = {"model": module.sharded_state_dict()}
         with padded_buckets(optimizer):
@@ -329,6 +338,12 @@ def load(
     """
     path = Path(path)
     manifest = intact(path)
+    held = _model_part(unwrap_model(model))
+    if held not in manifest.contents:
+        raise CheckpointError(
+            f"{path} holds {', '.join(manifest.contents)}, and a model with model.lora.rank "
+            f"{'> 0' if held == 'adapters' else '= 0'} needs its {held}: see the checkpoint's config.yaml"
+        )
     for name, part in (("optimizer", optimizer), ("scheduler", scheduler)):
         if part is not None and name not in manifest.contents:
             raise CheckpointError(f"{path} holds no {name}, only {', '.join(manifest.contents)}: load it without")
@@ -337,7 +352,8 @@ def load(
         state = dist_checkpointing.load(_state(model, optimizer, is_loading=True), str(path / "state"))
     except (CheckpointingException, CheckpointException, RuntimeError) as error:
         raise CheckpointError(f"{path}: the tensors cannot be read: {error}") from error
-    unwrap_model(model).load_state_dict(state["model"])
+    # nothing is missing, that was checked; a stage without adapters has no entry
+    unwrap_model(model).load_state_dict(state.get(held, {}), strict=held == "model")
     if optimizer is not None:
         optimizer.load_state_dict(state["optimizer"])
     if scheduler is not None:

@@ -29,18 +29,20 @@ from megarl.algorithms.penalties import penalties
 from megarl.algorithms.policy_losses import Actions, policy_loss
 from megarl.algorithms.selections import SELECTIONS
 from megarl.checkpoint import megatron as checkpoints
+from megarl.checkpoint.adapters import write_peft
 from megarl.checkpoint.export import export_tensors, export_to_rank_zero
 from megarl.checkpoint.huggingface import write_hf
 from megarl.config import RunConfig
 from megarl.data.processors import load_processor
 from megarl.kernels.logprob import linear_logprob
 from megarl.models.common.interleaved import chunks_of
+from megarl.models.common.lora import adapters_off
 from megarl.parallel import groups, mcore_cpu
 from megarl.parallel.context import collect, sum_over
 from megarl.parallel.pipeline import forward_backward
 from megarl.types import PackedBatch
 from megarl.utils.checksum import tensor_checksum
-from megarl.workers.build import build_model, build_trainable
+from megarl.workers.build import add_adapters, build_model, build_trainable
 from megarl.workers.microbatch import MicroBatch, to_device
 from megarl.workers.selection import mark_selected
 from megarl.workers.sender import WeightSender
@@ -104,16 +106,19 @@ class PolicyWorker:
     def build(self, hf_dir: str, *, trainable: bool, weights: bool = True) -> None:
         """Build the policy from ``hf_dir``; when ``trainable``, its optimizer and the frozen reference if asked for.
 
-        ``weights=False``: a checkpoint will be loaded over the initial values.
+        ``weights=False``: a checkpoint will be loaded over the initial values. Those of a policy with adapters are in
+        ``model.path`` always, because its checkpoints hold the adapters alone; without them it is its own reference.
         """
         self.hf_dir = hf_dir
         c = self.config
         self.processor = load_processor(hf_dir, c)
-        self.model, self.mappings = build_model(c, hf_dir, weights=weights)
+        lora = c.model.lora.rank > 0
+        self.model, self.mappings = build_model(c, c.model.path if lora else hf_dir, weights=weights or lora)
+        self.adapters = add_adapters(c, self.model, self.mappings, weights=weights)
         self.ddp = self.optimizer = self.scheduler = self.reference = None
         if trainable:
             self.ddp, self.optimizer, self.scheduler = build_trainable(c, self.model)
-            if c.algorithm.kl_coef > 0:
+            if c.algorithm.kl_coef > 0 and not lora:
                 self.reference, _ = build_model(c, c.model.path)
                 self.reference.requires_grad_(False)
 
@@ -150,9 +155,9 @@ class PolicyWorker:
                     self._score_into(flat, self.model, "old_logprobs")
             if select is not None and parallel_state.is_pipeline_last_stage():
                 mark_selected(flat, select, algorithm)
-            if self.reference is not None:
-                with self.timer("ref"):
-                    self._score_into(flat, self.reference, "ref_logprobs")
+            if algorithm.kl_coef > 0:
+                with self.timer("ref"), adapters_off(self.model):
+                    self._score_into(flat, self.model if self.adapters else self.reference, "ref_logprobs")
 
     def train(self) -> Totals | None:
         """Run the step's optimizer updates; what the rank counted, or None where the loss is not computed."""
@@ -296,6 +301,12 @@ class PolicyWorker:
             for _ in tensors:
                 pass
         return sent
+
+    def write_adapters(self, directory: str) -> None:
+        """Write the policy's adapters as a PEFT directory; every rank calls it, rank 0 writes."""
+        tensors = list(export_to_rank_zero(self.model, self.adapters))
+        if self.rank == 0:
+            write_peft(directory, tensors, self.config.model.lora, self.config.model.path)
 
     def save_checkpoint(self, directory: str, step: int, extra: dict[str, Any]) -> None:
         """Begin (``checkpoint.async_save``) or make a checkpoint of everything that a resumed run needs."""

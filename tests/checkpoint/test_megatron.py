@@ -14,9 +14,12 @@ import torch
 
 from megarl.checkpoint.huggingface import CheckpointError
 from megarl.checkpoint.manifest import MANIFEST_FILE, latest, prune, read_manifest
+from megarl.config import LoraConfig
 from tests.distributed import RankError
 from tests.models.reference import Reference
 
+NONE = LoraConfig()
+LORA = LoraConfig(rank=3, parts=["vision_tower", "projector", "decoder"])
 # name -> ranks, (tensor, pipeline, context, virtual pipeline), arguments of training.build, fields of ModelConfig, of
 # ParallelConfig
 CASES = {
@@ -27,6 +30,8 @@ CASES = {
     "pp2_frozen_decoder": (2, (1, 2), {}, {"freeze": ["decoder"]}, {}),
     "tp2_cp2": (4, (2, 1, 2), {}, {}, {}),
     "pp2_vpp2": (2, (1, 2, 1, 2), {}, {}, {}),
+    "tp2_dp2_lora": (4, (2, 1), {}, {"lora": LORA}, {}),
+    "pp2_lora_of_the_tower": (2, (1, 2), {}, {"lora": LoraConfig(rank=2, parts=["vision_tower"])}, {}),
 }
 
 
@@ -96,17 +101,20 @@ def test_resume_is_bit_equal(pool, references, tmp_path, case):
         assert loss == losses[2]
         assert resumed_marks == marks
     manifest = read_manifest(path)
-    assert manifest.contents == ["model", "optimizer", "scheduler", "rng"]
+    held = "adapters" if "lora" in case else "model"
+    assert manifest.contents == [held, "optimizer", "scheduler", "rng"]
     assert manifest.world_size == world_size
     assert sum(name.startswith("rng/") for name in manifest.files) == world_size
     assert {"hf/config.json", "extra.json", "config.yaml", "state/.metadata"} <= set(manifest.files)
 
 
-def continue_at(reference: Reference, layout: tuple[int, ...], path: str, num_steps: int) -> list[float]:
+def continue_at(
+    reference: Reference, layout: tuple[int, ...], path: str, num_steps: int, lora: LoraConfig
+) -> list[float]:
     from megarl.checkpoint import megatron
     from tests.checkpoint.training import build, run_config, step
 
-    trainable = build(run_config(reference.directory, layout), weights=not path, seed=5)
+    trainable = build(run_config(reference.directory, layout, lora=lora), weights=not path, seed=5)
     if path:
         megatron.load(path, trainable.ddp, trainable.optimizer, trainable.scheduler)
     return [step(trainable, reference) for _ in range(num_steps)]
@@ -148,11 +156,13 @@ def load_and_go_on(reference: Reference, layout: tuple[int, ...], path: str) -> 
     return one_step(t, reference)
 
 
-def train_and_save(reference: Reference, layout: tuple[int, ...], directory: str, num_steps: int) -> list[float]:
+def train_and_save(
+    reference: Reference, layout: tuple[int, ...], directory: str, num_steps: int, lora: LoraConfig | None = None
+) -> list[float]:
     from megarl.checkpoint import megatron
     from tests.checkpoint.training import build, run_config, step
 
-    trainable = build(run_config(reference.directory, layout))
+    trainable = build(run_config(reference.directory, layout, lora=lora or LoraConfig()))
     losses = [step(trainable, reference) for _ in range(num_steps)]
     t = trainable
     megatron.save(directory, num_steps, t.ddp, t.optimizer, t.scheduler, {}, t.config)
@@ -160,22 +170,23 @@ def train_and_save(reference: Reference, layout: tuple[int, ...], directory: str
 
 
 @pytest.mark.parametrize(
-    ("family", "name", "saved", "loaded"),
+    ("family", "name", "lora", "saved", "loaded"),
     [
-        ("qwen2_5_vl", "gqa2_tied", (4, (2, 2)), [(1, (1, 1)), (2, (1, 2)), (2, (2, 1)), (2, (1, 1))]),
-        ("qwen2_5_vl", "gqa4_untied", (4, (2, 2)), [(1, (1, 1)), (2, (1, 2)), (2, (2, 1)), (2, (1, 1))]),
-        ("qwen2_5_vl", "deep_tied", (4, (2, 2)), [(2, (1, 1, 2)), (2, (1, 2, 1, 2))]),
-        ("qwen2_5_vl", "deep_tied", (2, (1, 2, 1, 2)), [(1, (1, 1)), (4, (2, 1, 2))]),
-        ("qwen3_vl", "seed0", (4, (2, 2)), [(1, (1, 1))]),
+        ("qwen2_5_vl", "gqa2_tied", NONE, (4, (2, 2)), [(1, (1, 1)), (2, (1, 2)), (2, (2, 1)), (2, (1, 1))]),
+        ("qwen2_5_vl", "gqa4_untied", NONE, (4, (2, 2)), [(1, (1, 1)), (2, (1, 2)), (2, (2, 1)), (2, (1, 1))]),
+        ("qwen2_5_vl", "deep_tied", NONE, (4, (2, 2)), [(2, (1, 1, 2)), (2, (1, 2, 1, 2))]),
+        ("qwen2_5_vl", "deep_tied", NONE, (2, (1, 2, 1, 2)), [(1, (1, 1)), (4, (2, 1, 2))]),
+        ("qwen2_5_vl", "deep_tied", LORA, (4, (2, 2)), [(1, (1, 1)), (2, (1, 2, 1, 2))]),
+        ("qwen3_vl", "seed0", NONE, (4, (2, 2)), [(1, (1, 1))]),
     ],
 )
-def test_any_layout_continues_with_the_same_losses(pool, references, tmp_path, family, name, saved, loaded):
+def test_any_layout_continues_with_the_same_losses(pool, references, tmp_path, family, name, lora, saved, loaded):
     reference = references(name, family)
-    expected = pool.run(continue_at, 1, reference, (1, 1), "", 5)[0]
-    first = pool.run(train_and_save, saved[0], reference, saved[1], str(tmp_path), 3)[0]
+    expected = pool.run(continue_at, 1, reference, (1, 1), "", 5, lora)[0]
+    first = pool.run(train_and_save, saved[0], reference, saved[1], str(tmp_path), 3, lora)[0]
     assert first == pytest.approx(expected[:3], rel=1e-5)
     for world_size, layout in loaded:
-        losses = pool.run(continue_at, world_size, reference, layout, str(latest(tmp_path)), 2)[0]
+        losses = pool.run(continue_at, world_size, reference, layout, str(latest(tmp_path)), 2, lora)[0]
         assert losses == pytest.approx(expected[3:], rel=2e-5), layout
 
 

@@ -26,6 +26,7 @@ from megarl.models.mapping import Mapping
 from megarl.parallel import groups
 from megarl.parallel.pipeline import forward_backward
 from megarl.utils.checksum import tensor_checksum
+from megarl.workers.build import add_adapters
 from tests.models.families import FAMILIES
 from tests.models.parity import MICROBATCHES, packed
 from tests.models.reference import BANNED, Batch, Reference, trained
@@ -73,8 +74,9 @@ def build_model(config: RunConfig, *, weights: bool = True, seed: int = 0) -> tu
     groups.initialize(config.parallel, seed)
     hf = read_config(config.model.path)
     model, mappings = build_stage(hf, config.model, config.parallel), family_of(hf).mappings(hf)
-    if weights:
+    if weights or config.model.lora.rank:  # a checkpoint of adapters holds nothing else
         load_hf(model, mappings, config.model.path)
+    add_adapters(config, model, mappings, weights=weights)
     return model, mappings
 
 

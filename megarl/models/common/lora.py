@@ -16,6 +16,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
+from weakref import WeakSet
 
 import torch
 import torch.nn.functional as F
@@ -39,9 +40,12 @@ from torch import Tensor, nn
 from megarl.config import LoraConfig
 from megarl.models.mapping import GatedMLP, HFTensors, Mapping, Vocab
 
-WEIGHT, A, B = ".weight", ".adapter.lora_A", ".adapter.lora_B"
+CHILD = ".adapter."  # in the names of an adapter's parameters, and of nothing else
+WEIGHT, A, B = ".weight", f"{CHILD}lora_A", f"{CHILD}lora_B"
 HF_A, HF_B = ".lora_A.weight", ".lora_B.weight"
 ALL_LINEAR = "all-linear"
+
+_adapted_models: WeakSet[nn.Module] = WeakSet()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -121,9 +125,8 @@ class Adapter(nn.Module):
         return F.linear(low * self.scale, self._b())
 
     def merged(self, weight: Tensor) -> Tensor:
-        """W + scale * B A [O, I], summed in float32 and rounded once."""
-        update = self._b().float() @ self.lora_A.float()
-        return weight.float().add_(update, alpha=self.scale).to(weight.dtype)
+        """W + scale * B A [O, I]."""
+        return add_product(weight, self.lora_A, self._b(), self.scale)
 
 
 class _Adapted:
@@ -160,6 +163,11 @@ class AdaptedColumnParallelLinear(_Adapted, ColumnParallelLinear):
 
 class AdaptedRowParallelLinear(_Adapted, RowParallelLinear):
     split_dims = {"weight": 1, A[1:]: 1}
+
+
+def add_product(weight: Tensor, a: Tensor, b: Tensor, scale: float) -> Tensor:
+    """W + scale * B A in a new tensor of W's dtype, summed in float32 and rounded once."""
+    return (weight.float() + scale * (b.float() @ a.float())).to(weight.dtype)
 
 
 def projections(mapping: Mapping) -> list[str]:
@@ -210,6 +218,7 @@ def attach(
     rank = parallel_state.get_tensor_model_parallel_rank()
     size = parallel_state.get_tensor_model_parallel_world_size()
     num_rows: dict[str, int] = {}
+    _adapted_models.add(model)
     model.requires_grad_(False)
     for local_name, _ in list(model.named_parameters()):
         name = model.global_name(local_name).removesuffix(WEIGHT)
@@ -292,6 +301,11 @@ def _require_grad(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tup
         else:
             args = (hidden, *args[1:])
     return args, kwargs
+
+
+def is_adapted(model: nn.Module) -> bool:
+    """Whether ``attach`` was called on ``model``, which may be a stage that no adapter is on."""
+    return model in _adapted_models
 
 
 def adapted_layers(model: nn.Module) -> dict[int, _Adapted]:
