@@ -85,7 +85,8 @@ class ModelConfig:
     freeze: list[str] = field(default_factory=list)  # parts not trained: vision_tower | projector | decoder
     transformer_impl: str = "local"  # local (torch) | transformer_engine
     attention_backend: str = "auto"  # auto | sdpa | varlen, flex (CUDA); transformer_engine brings its own
-    recompute: str = "none"  # activations kept: none = all | full = only the inputs of layers
+    recompute: str = "none"  # activations dropped: none | selective = of recompute_modules | full = all within a layer
+    recompute_modules: list[str] = field(default_factory=lambda: ["core_attn"])  # and layernorm, mlp; when selective
     lora: LoraConfig = field(default_factory=LoraConfig)
     min_pixels: int = 0  # bounds of an image after resizing, in pixels; 0: as the preprocessor says
     max_pixels: int = 0
@@ -95,7 +96,11 @@ class ModelConfig:
         check_choice("model.dtype", self.dtype, ["float32", "bfloat16"])
         check_choice("model.transformer_impl", self.transformer_impl, ["local", "transformer_engine"])
         check_choice("model.attention_backend", self.attention_backend, ["auto", "sdpa", "varlen", "flex"])
-        check_choice("model.recompute", self.recompute, ["none", "full"])
+        check_choice("model.recompute", self.recompute, ["none", "selective", "full"])
+        for name in self.recompute_modules:
+            check_choice("model.recompute_modules", name, ["core_attn", "layernorm", "mlp"])
+        if self.recompute == "selective" and not self.recompute_modules:
+            raise ValueError("model.recompute=selective needs model.recompute_modules")
         _check_not_negative("model", self, "min_pixels", "max_pixels")
         for part in self.freeze:
             check_choice("model.freeze", part, PARTS)

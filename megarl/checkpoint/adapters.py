@@ -122,7 +122,8 @@ def load_peft(
 ) -> None:
     """Fill the adapters of ``model`` from a PEFT directory; every rank calls it. ``CheckpointError`` says what differs.
 
-    ``adapters``: their mappings; ``hf_dir``: of the frozen model. Before an optimizer is built, or call its ``reload_model_params()`` afterwards.
+    ``adapters``: their mappings; ``hf_dir``: of the frozen model. Before an optimizer is built, or call its
+    ``reload_model_params()`` afterwards.
     """
     config, tensors = read_peft(directory, hf_dir)
     _check_config(directory, config, lora)

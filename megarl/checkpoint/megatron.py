@@ -1,7 +1,8 @@
 """Checkpoints of a training run: model, optimizer, schedule and random generators, at any parallel layout.
 
 The tensors are mcore's ``torch_dist`` format, which knows no layout: what tp2 pp2 saved loads at tp1. ``manifest.py``
-says what lies where. Of a model with adapters only these are saved: the rest is what ``model.path`` holds. Only load checkpoints that you trust: the format's index is a pickle.
+says what lies where. Of a model with adapters these alone are saved: the rest is what ``model.path`` holds. Only load
+checkpoints that you trust: the format's index is a pickle.
 """
 
 from __future__ import annotations

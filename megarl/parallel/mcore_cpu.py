@@ -173,6 +173,8 @@ def _patch_megatron() -> None:
     random._set_cuda_rng_state = lambda new_state, device=-1, graph_safe=False: torch.set_rng_state(new_state)
     if not hasattr(moe_utils, "te_general_gemm"):  # upstream: never bound without Transformer Engine
         moe_utils.te_general_gemm = None
+    if not random.HAVE_TE:
+        _patch_checkpoint(random.CheckpointWithoutOutput)
     if optimizer.USING_PYTORCH_OPTIMIZER:
         optimizer.Adam, optimizer.USING_PYTORCH_OPTIMIZER = FusedAdam, False
         distrib_optimizer.Adam = FusedAdam
@@ -186,6 +188,17 @@ def _patch_megatron() -> None:
         return move(tensor, as_numpy, record_stream)
 
     token_dispatcher.maybe_move_tensor_to_cpu = move_to_cpu
+
+
+def _patch_checkpoint(checkpoint: type) -> None:
+    """Upstream: recomputed norms ask Transformer Engine, also where there is none, whether its FP8 is on."""
+    init = checkpoint.__init__
+
+    def without_fp8(self: Any, fp8: bool = False) -> None:
+        init(self, fp8)
+        self.fp8 = False
+
+    checkpoint.__init__ = without_fp8
 
 
 def install() -> None:

@@ -38,7 +38,7 @@ def build(ref: PeftReference, lora: LoraConfig, parallel: ParallelConfig):
 
 
 def write_both(ref: PeftReference, parallel: ParallelConfig, directory: str) -> bool:
-    """Adapters and the merged model from all ranks, in small buckets; whether the live parameters stayed as they are."""
+    """Adapters and the merged model from all ranks, in small buckets; whether the live parameters stayed."""
     import torch.distributed as dist
 
     from megarl.checkpoint.adapters import write_peft

@@ -75,30 +75,43 @@ def samples_of(config, processor):
     return samples
 
 
-def train_once(path, parallel, world_size, share_prompts, algorithm):
-    """On a rank: load, score, train, export; the totals of ranks that speak and the weights of rank 0."""
+def worker_of(config):
+    """A rank's worker, built from ``model.path``."""
     import torch.distributed as dist
+
+    from megarl.workers.policy import PolicyWorker
+
+    worker = PolicyWorker(config, dist.get_rank())
+    worker.prepare()
+    worker.build(config.model.path, trainable=True)
+    return worker
+
+
+def minibatches_of(config, worker):
+    """The rank's bins of a step of two optimizer updates."""
     from megatron.core import parallel_state as ps
 
     from megarl.algorithms.weights import compute_loss_weights
-    from megarl.checkpoint.export import export_to_rank_zero
     from megarl.data.packing import Packing, pack_bins
-    from megarl.workers.policy import PolicyWorker
 
-    config = config_of(path, parallel, world_size, share_prompts, algorithm)
-    worker = PolicyWorker(config, dist.get_rank())
-    worker.prepare()
-    worker.build(str(path), trainable=True)
     packing = Packing.of(config, worker.processor)
     samples = samples_of(config, worker.processor)
-    size, rank = config.data_parallel_size, config.data_parallel_rank(dist.get_rank())
+    size, rank = config.data_parallel_size, config.data_parallel_rank(worker.rank)
     assert rank == ps.get_data_parallel_rank()
     minibatches = []
     for part in (samples[:6], samples[6:]):
         for sample, weights in zip(part, compute_loss_weights(part, config.algorithm, longest=40), strict=True):
             sample.loss_weights = weights
         minibatches.append(pack_bins(part, packing, size)[rank])
-    worker.load(minibatches)
+    return minibatches
+
+
+def train_once(config):
+    """On a rank: load, score, train, export; the totals of ranks that speak and the weights of rank 0."""
+    from megarl.checkpoint.export import export_to_rank_zero
+
+    worker = worker_of(config)
+    worker.load(minibatches_of(config, worker))
     worker.score()
     totals = worker.train()
     weights = {name: tensor.clone().numpy() for name, tensor in export_to_rank_zero(worker.model, worker.mappings)}
@@ -165,11 +178,13 @@ def one_rank(model, pool):
     return run(model, pool, "one rank")
 
 
-def run(model, pool, layout, share_prompts=False, **algorithm):
+def run(model, pool, layout, share_prompts=False, lora=None, **algorithm):
     from megarl.workers.group import merge
 
     world_size, parallel = LAYOUTS[layout]
-    results = pool.run(train_once, world_size, model, parallel, world_size, share_prompts, algorithm)
+    config = config_of(model, parallel, world_size, share_prompts, algorithm)
+    config.model.lora = lora or config.model.lora
+    results = pool.run(train_once, world_size, config)
     return merge([totals for totals, _ in results if totals is not None]), results[0][1]
 
 

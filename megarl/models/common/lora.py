@@ -1,9 +1,9 @@
-"""Low-rank adapters on Megatron-Core's parallel linear layers: y = W x + scale * B A x, with W frozen (arXiv 2106.09685).
+"""Low-rank adapters (arXiv 2106.09685) on Megatron-Core's parallel linear layers: y = W x + scale * B A x, W frozen.
 
-A layer keeps its place and the names of its parameters; it gains a child ``adapter`` with ``lora_A`` and ``lora_B``. A
-layer that holds several projections of the checkpoint in one matrix (q, k, v; gate, up) has a pair for each: their A are
-stacked, and the rows of ``lora_B`` lie as those of W, so that the layer's own mapping says which row belongs to which
-projection. ``adapter_mappings`` derives the adapters' mappings from the layers': there is no other list of names.
+A layer keeps its place and the names of its parameters; it gains a child ``adapter`` with ``lora_A`` and ``lora_B``.
+Where a matrix holds several projections of the checkpoint (q, k, v; gate, up) each has a pair of its own: their A are
+stacked, and the rows of ``lora_B`` lie as those of W, so that the layer's mapping says which row belongs to which
+projection. The adapters' mappings are derived from the layers': there is no other list of names.
 
 Shapes: T tokens, I inputs and O outputs of a layer on this rank, R rank, P projections in one matrix.
 """
@@ -15,7 +15,7 @@ import hashlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 from weakref import WeakSet
 
 import torch
@@ -132,8 +132,9 @@ class Adapter(nn.Module):
 class _Adapted:
     """What a parallel linear layer with a child ``adapter`` does in addition."""
 
-    split_dims: dict[str, int]  # parameter -> the dimension that tensor parallelism splits
+    split_dims: ClassVar[dict[str, int]]  # parameter -> the dimension that tensor parallelism splits
     adapter: Adapter
+    gated: bool  # a rank's rows are those of its gate and then those of its up projection
 
     def forward(self, input_: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor | None]:
         output, bias = super().forward(input_, *args, **kwargs)
@@ -151,18 +152,18 @@ class _Adapted:
             tp_group=self.tp_group,
             dp_cp_group=metadata["dp_cp_group"],
         )
-        if self.gated:  # mcore's MLP does this to the weight: each rank holds [its gate; its up]
+        if self.gated:  # mcore's MLP does this to the weight
             name = f"{prefix}{B[1:]}"
             state[name] = apply_swiglu_sharded_factory(state[name], sharded_offsets)
         return state
 
 
 class AdaptedColumnParallelLinear(_Adapted, ColumnParallelLinear):
-    split_dims = {"weight": 0, "bias": 0, B[1:]: 0}
+    split_dims: ClassVar = {"weight": 0, "bias": 0, B[1:]: 0}
 
 
 class AdaptedRowParallelLinear(_Adapted, RowParallelLinear):
-    split_dims = {"weight": 1, A[1:]: 1}
+    split_dims: ClassVar = {"weight": 1, A[1:]: 1}
 
 
 def add_product(weight: Tensor, a: Tensor, b: Tensor, scale: float) -> Tensor:
@@ -210,8 +211,8 @@ def attach(
 ) -> list[Mapping]:
     """Freeze ``model``, one pipeline stage, and give its layers adapters; the adapters' mappings, of all stages.
 
-    ``lora_B`` is zero and ``lora_A`` drawn by ``seed`` and name, alike at every parallel layout. Called before the model
-    is wrapped for data parallelism.
+    ``lora_B`` is zero and ``lora_A`` drawn by ``seed`` and name, alike at every parallel layout. Called before the
+    model is wrapped for data parallelism.
     """
     chosen = adapted_projections(mappings, lora, parts)
     layers = {m.megatron.removesuffix(WEIGHT): m for m in mappings}
@@ -236,7 +237,7 @@ def attach(
     table = [mapping for name, names in chosen.items() for mapping in _mappings(layers[name], names, num_rows)]
     _initialize(model, table, rank, size, seed)
     for block in model.modules():
-        if isinstance(block, TransformerBlock) and block.config.recompute_granularity == "full":
+        if isinstance(block, TransformerBlock) and block.config.recompute_granularity is not None:
             block.register_forward_pre_hook(_require_grad, with_kwargs=True)
     return table
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from megatron.core.models.gpt.gpt_layer_specs import (
     get_gpt_layer_local_spec,
@@ -9,11 +11,12 @@ from megatron.core.models.gpt.gpt_layer_specs import (
 )
 from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear
 from megatron.core.transformer.enums import AttnMaskType
-from megatron.core.transformer.mlp import MLPSubmodules
+from megatron.core.transformer.mlp import MLP, MLPSubmodules
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
 from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.utils import is_te_min_version
+from torch import Tensor
 
 from megarl.config import ModelConfig
 from megarl.parallel.attention import LayerNorm, PackedSelfAttention, RMSNorm, TorchAttention
@@ -35,6 +38,18 @@ def require_transformer_engine() -> None:
             "(pip install --no-build-isolation 'transformer-engine[pytorch]>=2.9,<2.12'); "
             "model.transformer_impl=local needs nothing"
         ) from error
+
+
+class WholeMLP(MLP):
+    """``MLP`` that adds its last bias itself.
+
+    mcore's checkpointed function would return that parameter as one of its results, and torch would then take the
+    checkpoint for what made it: going backward never ends.
+    """
+
+    def forward(self, *args: Any, **kwargs: Any) -> tuple[Tensor, None]:
+        output, bias = super().forward(*args, **kwargs)
+        return output if bias is None else output + bias, None
 
 
 def norm_module(config: TransformerConfig) -> type[RMSNorm | LayerNorm]:
@@ -66,6 +81,8 @@ def layer_spec(model: ModelConfig, config: TransformerConfig, *, causal: bool = 
         if config.qk_layernorm:
             attention.q_layernorm = attention.k_layernorm = norm
     spec.submodules.self_attention.module = PackedSelfAttention
+    if config.recompute_granularity == "selective" and "mlp" in config.recompute_modules:
+        spec.submodules.mlp.module = WholeMLP
     spec.submodules.self_attention.params = {"attn_mask_type": mask}
     return spec
 

@@ -50,6 +50,8 @@ def transformer_config(
     }
     if model.recompute == "full":
         values |= {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1}
+    elif model.recompute == "selective":
+        values |= {"recompute_granularity": "selective", "recompute_modules": list(model.recompute_modules)}
     if pipelined:
         values |= _cuts(model, parallel)
     values |= fields
