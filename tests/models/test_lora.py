@@ -10,7 +10,7 @@ import torch
 
 from megarl.config import LoraConfig, ModelConfig, OptimizerConfig, ParallelConfig, RunConfig
 from megarl.kernels.logprob import linear_logprob
-from tests.models.parity import MICROBATCHES, assert_near, check_logits
+from tests.models.parity import LAYOUTS, MICROBATCHES, assert_near, check_logits
 from tests.models.peft_reference import PeftReference, peft_reference
 from tests.models.qwen_vl import Qwen25VL
 from tests.models.reference import BANNED, ENTROPY_COEF, TEMPERATURE, Batch, pack
@@ -22,18 +22,8 @@ LORAS = {
     "q_v_up": LoraConfig(rank=2, alpha=5, target_modules=["q_proj", "v_proj", "up_proj"]),
     "tower": LoraConfig(rank=2, target_modules=["qkv", "down_proj"], parts=["vision_tower"]),
 }
-LAYOUTS = {
-    "tp1": (1, ParallelConfig()),
-    "tp2": (2, ParallelConfig(tensor_model_parallel_size=2)),
-    "tp2_sp": (2, ParallelConfig(tensor_model_parallel_size=2, sequence_parallel=True)),
-    "pp2": (2, ParallelConfig(pipeline_model_parallel_size=2)),
-    "tp2_sp_pp2": (
-        4,
-        ParallelConfig(tensor_model_parallel_size=2, pipeline_model_parallel_size=2, sequence_parallel=True),
-    ),
-}
 CASES = [("decoder", "tp1"), ("decoder", "tp2"), ("q_v_up", "tp2_sp"), ("tower", "pp2")] + [
-    ("everything", layout) for layout in LAYOUTS
+    ("everything", layout) for layout in ("tp1", "tp2", "tp2_sp", "pp2", "tp2_sp_pp2")
 ]
 
 
@@ -55,16 +45,16 @@ def run_config(ref: PeftReference, parallel: ParallelConfig, **model: Any) -> Ru
 def train(ref: PeftReference, config: RunConfig, batches: list[Batch]) -> dict[str, Any]:
     """One step on this rank: its shards of the logits with and without adapters, of their gradients and values."""
     from megatron.core import parallel_state as ps
-    from megatron.core.pipeline_parallel import get_forward_backward_func
 
     from megarl.models.common.lora import adapters_off
     from megarl.parallel import groups
+    from megarl.parallel.pipeline import forward_backward
     from megarl.workers.build import add_adapters, build_model, build_trainable
 
     groups.initialize(config.parallel, seed=0)
     model, mappings = build_model(config, ref.directory)
     adapters = add_adapters(config, model, mappings)
-    ddp, optimizer, _ = build_trainable(config, model)
+    (ddp,), optimizer, _ = build_trainable(config, model)
     base = {n: p.detach().clone() for n, p in model.named_parameters() if ".adapter." not in n}
     logits: list[torch.Tensor] = []
 
@@ -87,24 +77,16 @@ def train(ref: PeftReference, config: RunConfig, batches: list[Batch]) -> dict[s
         batch = next(iterator)
         return model(*batch.forward), partial(loss, batch)
 
-    def run(module: torch.nn.Module, *, forward_only: bool) -> list[torch.Tensor]:
+    def run(module: torch.nn.Module, *, train: bool) -> list[torch.Tensor]:
         logits.clear()
-        get_forward_backward_func()(
-            forward_step_func=forward,
-            data_iterator=iter(batches),
-            model=module,
-            num_microbatches=len(batches),
-            seq_length=batches[0].forward[0].shape[1],
-            micro_batch_size=1,
-            forward_only=forward_only,
-        )
+        forward_backward(forward, [module], batches, train=train)
         return list(logits)
 
     with torch.no_grad(), adapters_off(model):
-        bare = run(model, forward_only=True)
+        bare = run(model, train=False)
     ddp.zero_grad_buffer()
     optimizer.zero_grad()
-    whole = run(ddp, forward_only=False)
+    whole = run(ddp, train=True)
     named = {model.global_name(n): p for n, p in model.named_parameters() if ".adapter." in n}
     gradients = {n: p.main_grad.clone() for n, p in named.items()}
     _, norm, _ = optimizer.step()
@@ -114,6 +96,7 @@ def train(ref: PeftReference, config: RunConfig, batches: list[Batch]) -> dict[s
     return {
         "tp": ps.get_tensor_model_parallel_rank(),
         "dp": 0,
+        "cp": 0,
         "adapters": adapters,
         "bare": bare,
         "logits": whole,

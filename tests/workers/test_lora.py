@@ -24,7 +24,7 @@ def one_rank(model, pool):
     return run(model, pool, "one rank", lora=LORA)
 
 
-@pytest.mark.parametrize("layout", ["tp2 sp", "dp2", "tp2 pp2"])
+@pytest.mark.parametrize("layout", ["tp2 sp", "dp2", "tp2 pp2", "tp2 sp cp2", "pp2 vpp2"])
 def test_a_step_does_not_depend_on_the_layout(model, pool, one_rank, layout):
     assert_same_step(run(model, pool, layout, lora=LORA), one_rank)
 
@@ -62,7 +62,9 @@ def reference_twice(config):
     return [(ours, m.ref_logprobs, m.old_logprobs) for ours, m in zip(kept, flat, strict=True)]
 
 
-@pytest.mark.parametrize("parallel", [ParallelConfig(), ParallelConfig(2, sequence_parallel=True)], ids=str)
+@pytest.mark.parametrize(
+    "parallel", [ParallelConfig(), ParallelConfig(2, sequence_parallel=True)], ids=["tp1", "tp2 sp"]
+)
 def test_the_reference_is_the_policy_without_its_adapters(model, pool, parallel):
     size = parallel.model_parallel_size
     config = config_of(model, parallel, size, False)
@@ -76,7 +78,7 @@ def trainables(config):
     """Names of what has gradient buffers and of what the optimizer updates, and of what has neither."""
     worker = worker_of(config)
     names = {id(parameter): name for name, parameter in worker.model.named_parameters()}
-    buffered = {names[id(parameter)] for parameter in worker.ddp.param_to_bucket_group}
+    buffered = {names[id(parameter)] for chunk in worker.ddp for parameter in chunk.param_to_bucket_group}
     ranges = [r for o in worker.optimizer.chained_optimizers for r in getattr(o, "model_param_gbuf_map", {})]
     optimized = {names[id(parameter)] for parameter in ranges}
     elements = sum(p.numel() for o in worker.optimizer.chained_optimizers for g in o.param_groups for p in g["params"])
