@@ -79,6 +79,7 @@ class _Torch:
     cuda: str = ""  # of the build; empty: a CPU build
     devices: list[str] = field(default_factory=list)
     varlen: bool = False
+    fused_norms: bool = False  # its RMSNorm is one kernel on CUDA
 
 
 def version(package: str) -> str | None:
@@ -96,7 +97,8 @@ def _ask_torch() -> _Torch:
         return _Torch(error=f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}")
     devices = [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())]
     varlen = importlib.util.find_spec("torch.nn.attention.varlen") is not None
-    return _Torch(cuda=torch.version.cuda or "", devices=devices, varlen=varlen)
+    fused = bool(devices) and torch._C._dispatch_has_kernel_for_dispatch_key("aten::_fused_rms_norm", "CUDA")
+    return _Torch(cuda=torch.version.cuda or "", devices=devices, varlen=varlen, fused_norms=fused)
 
 
 def _ranges() -> dict[str, str]:
@@ -157,7 +159,7 @@ def _check_transformer_engine(torch: _Torch) -> Check:
 
 
 def _check_apex(torch: _Torch) -> Check:
-    use = "fused optimizer and norms on GPUs without Transformer Engine"
+    use = "fused optimizer on GPUs without Transformer Engine"
     remedy = "pip install --no-build-isolation -e '.[apex]'" if torch.cuda else ""
     spec = importlib.util.find_spec("apex")
     if spec is None:
@@ -214,14 +216,15 @@ def _backends(torch: _Torch, checks: list[Check]) -> dict[str, str]:
     good = {check.name for check in checks if check.state == "ok"}
     gpu = bool(torch.devices)
     fused = next((name for name in ("transformer-engine", "apex") if name in good), None) if gpu else None
+    norms = "torch, one fused kernel" if torch.fused_norms else "torch, step by step"
     return {
         "device": f"{len(torch.devices)} x {torch.devices[0]}" if gpu else "CPU",
         "collectives": "NCCL" if gpu else "gloo",
         "attention": "torch varlen_attn, bfloat16 (else SDPA)" if gpu and torch.varlen else "torch SDPA",
-        "norms": "torch; transformer-engine with model.transformer_impl=transformer_engine"
+        "norms": f"{norms}; transformer-engine with model.transformer_impl=transformer_engine"
         if fused == "transformer-engine"
-        else "torch",
-        "optimizer": f"Adam of {fused}" if fused else "Adam of torch",
+        else norms,
+        "optimizer": f"FusedAdam of {fused}" if fused else f"megarl's Adam: {'torch, fused' if gpu else 'torch'}",
         "engine": "SGLang, CUDA" if gpu else "SGLang, CPU",
         "weight sync": "CUDA IPC (tensor), NCCL (broadcast), disk"
         if gpu

@@ -1,7 +1,7 @@
 """Run the real Megatron-Core on a machine without CUDA, over gloo.
 
-``install()`` replaces the few CUDA entry points that Megatron-Core 0.16 calls unconditionally; with CUDA it does
-nothing. It must run before the first ``import megatron``: ``megarl.parallel`` does it on import.
+``install()`` replaces the few CUDA entry points that Megatron-Core 0.16 calls unconditionally; with CUDA it only repairs
+what is wrong without Transformer Engine and apex. It must run before the first ``import megatron``: ``megarl.parallel`` does it on import.
 
 A ``TorchFunctionMode`` turns ``device="cuda"`` and ``Tensor.cuda()`` inside Megatron-Core into the CPU. Torch keeps
 such modes per thread: a thread other than the one that called ``install()`` calls ``enter()`` before it runs Megatron
@@ -13,12 +13,14 @@ from __future__ import annotations
 import contextlib
 import threading
 import warnings
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
+
+from megarl.parallel.adam import FusedAdam
 
 _CUDA_SPELLING = {
     f"torch.{n}": f"torch.cuda.{n}" for n in ("FloatTensor", "BFloat16Tensor", "HalfTensor", "DoubleTensor")
@@ -79,54 +81,6 @@ class _Stream:
         return event or _Event()
 
 
-class FusedAdam(torch.optim.Optimizer):
-    """AdamW with the interface of the fused one (apex, Transformer Engine): ``step`` lives in the parameter group.
-
-    Megatron-Core's DistributedOptimizer cannot restore ``torch.optim.AdamW``, which keeps its step per parameter.
-    """
-
-    def __init__(
-        self,
-        params: Iterable,
-        lr: float = 1e-3,
-        bias_correction: bool = True,
-        betas: tuple[float, float] = (0.9, 0.999),
-        eps: float = 1e-8,
-        adam_w_mode: bool = True,
-        weight_decay: float = 0.0,
-        **_: Any,
-    ) -> None:
-        super().__init__(
-            params,
-            {"lr": lr, "bias_correction": bias_correction, "betas": betas, "eps": eps, "weight_decay": weight_decay},
-        )
-        self.adam_w_mode = adam_w_mode
-
-    @torch.no_grad()
-    def step(self, closure: Callable | None = None) -> None:
-        """One update of every parameter that has a gradient."""
-        for group in self.param_groups:
-            group["step"] = group.get("step", 0) + 1
-            lr, eps, decay, (beta1, beta2) = group["lr"], group["eps"], group["weight_decay"], group["betas"]
-            correction1, correction2 = 1.0, 1.0
-            if group["bias_correction"]:
-                correction1, correction2 = 1 - beta1 ** group["step"], 1 - beta2 ** group["step"]
-            for param in group["params"]:
-                if param.grad is None:
-                    continue
-                state, grad = self.state[param], param.grad
-                if not state:
-                    state["exp_avg"], state["exp_avg_sq"] = torch.zeros_like(param), torch.zeros_like(param)
-                if self.adam_w_mode:
-                    param.mul_(1 - lr * decay)
-                else:
-                    grad = grad.add(param, alpha=decay)
-                state["exp_avg"].lerp_(grad, 1 - beta1)
-                state["exp_avg_sq"].mul_(beta2).addcmul_(grad, grad, value=1 - beta2)
-                root = (state["exp_avg_sq"] / correction2).sqrt_().add_(eps)
-                param.addcdiv_(state["exp_avg"], root, value=-lr / correction1)
-
-
 def _patch_cuda() -> None:
     stream = _Stream()
     replacements = {
@@ -162,16 +116,15 @@ def _import_without_compiling() -> None:
         torch.compile = compile_
 
 
-def _patch_megatron() -> None:
-    # megatron only now: importing it earlier would compile
+def _patch_upstream() -> None:
+    """What Megatron-Core gets wrong wherever Transformer Engine and apex are absent, with CUDA too."""
+    # megatron only now: importing it earlier would compile on the CPU
     from megatron.core import optimizer
     from megatron.core.optimizer import distrib_optimizer
     from megatron.core.tensor_parallel import random
-    from megatron.core.transformer.moe import moe_utils, token_dispatcher
+    from megatron.core.transformer.moe import moe_utils
 
-    random._get_cuda_rng_state = lambda device="cuda", clone=False, graph_safe=False: torch.get_rng_state()
-    random._set_cuda_rng_state = lambda new_state, device=-1, graph_safe=False: torch.set_rng_state(new_state)
-    if not hasattr(moe_utils, "te_general_gemm"):  # upstream: never bound without Transformer Engine
+    if not hasattr(moe_utils, "te_general_gemm"):  # never bound
         moe_utils.te_general_gemm = None
     if not random.HAVE_TE:
         _patch_checkpoint(random.CheckpointWithoutOutput)
@@ -179,6 +132,25 @@ def _patch_megatron() -> None:
         optimizer.Adam, optimizer.USING_PYTORCH_OPTIMIZER = FusedAdam, False
         distrib_optimizer.Adam = FusedAdam
         distrib_optimizer.HAVE_APEX_OR_TE = distrib_optimizer.USING_APEX_OPTIMIZER = True
+
+
+def _patch_checkpoint(checkpoint: type) -> None:
+    """A recomputed norm asks Transformer Engine, also where there is none, whether its FP8 is on."""
+    init = checkpoint.__init__
+
+    def without_fp8(self: Any, fp8: bool = False) -> None:
+        init(self, fp8)
+        self.fp8 = False
+
+    checkpoint.__init__ = without_fp8
+
+
+def _patch_megatron() -> None:
+    from megatron.core.tensor_parallel import random
+    from megatron.core.transformer.moe import token_dispatcher
+
+    random._get_cuda_rng_state = lambda device="cuda", clone=False, graph_safe=False: torch.get_rng_state()
+    random._set_cuda_rng_state = lambda new_state, device=-1, graph_safe=False: torch.set_rng_state(new_state)
     move = token_dispatcher.maybe_move_tensor_to_cpu
 
     def move_to_cpu(tensor: Any, as_numpy: bool = False, record_stream: bool = False) -> Any:
@@ -190,34 +162,25 @@ def _patch_megatron() -> None:
     token_dispatcher.maybe_move_tensor_to_cpu = move_to_cpu
 
 
-def _patch_checkpoint(checkpoint: type) -> None:
-    """Upstream: recomputed norms ask Transformer Engine, also where there is none, whether its FP8 is on."""
-    init = checkpoint.__init__
-
-    def without_fp8(self: Any, fp8: bool = False) -> None:
-        init(self, fp8)
-        self.fp8 = False
-
-    checkpoint.__init__ = without_fp8
-
-
 def install() -> None:
-    """Make Megatron-Core run on the CPU, in the calling thread at once; nothing where CUDA is available."""
+    """Make Megatron-Core run on the CPU, in the calling thread at once; with CUDA, repair what needs no GPU library."""
     global _installed
-    if torch.cuda.is_available():
-        return
+    cuda = torch.cuda.is_available()
     if not _installed:
         _installed = True
-        _patch_cuda()
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # apex and Transformer Engine are not installed: so it is here
-            _import_without_compiling()
-            _patch_megatron()
-    enter()
+            if not cuda:
+                _patch_cuda()
+                _import_without_compiling()
+                _patch_megatron()
+            _patch_upstream()
+    if not cuda:
+        enter()
 
 
 def enter() -> None:
     """Extend ``install()`` to the calling thread, for as long as it lives; nothing where it is not needed."""
-    if _installed and not hasattr(_thread, "mode"):
+    if _installed and not torch.cuda.is_available() and not hasattr(_thread, "mode"):
         _thread.mode = _CudaIsCpu()
         _thread.mode.__enter__()
