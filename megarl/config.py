@@ -399,12 +399,16 @@ class TrainerConfig:
     max_tokens_per_microbatch: int = 8192  # of a data-parallel rank: context-parallel ranks share them
     max_patches_per_microbatch: int = 65536
     share_prompts: bool = False  # compute a prompt once for all of its samples in a microbatch (sdpa attention)
+    # moved to host memory while engines generate: of optimizer | gradients | parameters
+    offload: list[str] = field(default_factory=list)
     resume: str = "auto"  # auto: the newest complete checkpoint of run_dir | never | a checkpoint's path
     eval_every: int = 0  # steps; 0: only before the first and after the last
     eval_prompts: int = 256  # of each task
 
     def __post_init__(self) -> None:
         _check_positive("trainer", self, "num_nodes", "max_tokens_per_microbatch", "max_patches_per_microbatch")
+        for part in self.offload:
+            check_choice("trainer.offload", part, ["optimizer", "gradients", "parameters"])
         _check_not_negative("trainer", self, "num_steps", "ranks_per_node", "eval_every", "eval_prompts")
 
 

@@ -1,7 +1,8 @@
 """Run the real Megatron-Core on a machine without CUDA, over gloo.
 
-``install()`` replaces the few CUDA entry points that Megatron-Core 0.16 calls unconditionally; with CUDA it only repairs
-what is wrong without Transformer Engine and apex. It must run before the first ``import megatron``: ``megarl.parallel`` does it on import.
+``install()`` replaces the few CUDA entry points that Megatron-Core 0.16 calls unconditionally; with CUDA it only
+repairs what is wrong without Transformer Engine and apex. It must run before the first ``import megatron``:
+``megarl.parallel`` does it on import.
 
 A ``TorchFunctionMode`` turns ``device="cuda"`` and ``Tensor.cuda()`` inside Megatron-Core into the CPU. Torch keeps
 such modes per thread: a thread other than the one that called ``install()`` calls ``enter()`` before it runs Megatron

@@ -97,6 +97,7 @@ class RLTrainer:
     def generate(self, prompts: list[EncodedPrompt], step: int) -> list[Sample]:
         """``rollout.group_size`` rewarded samples of each prompt."""
         c = self.config.rollout
+        self.workers.release()
         with self.run.timer("gen"):
             samples, dropped = generate_rewarded(
                 self.rollout,
@@ -156,6 +157,7 @@ class RLTrainer:
 
     def evaluate(self) -> dict[str, float]:
         """Metrics on held-out prompts."""
+        self.workers.release()
         return self.evaluation.run(self.step, progress=partial(self.run.console.progress, "evaluate"))
 
     def state_dict(self) -> dict[str, Any]:

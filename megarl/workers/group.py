@@ -123,6 +123,11 @@ class WorkerGroup:
         """The optimizer updates on what was loaded; metrics over all actions of the step."""
         return merge([totals for totals in self.call("train") if totals is not None])
 
+    def release(self) -> None:
+        """Let the engines have the memory that ``trainer.offload`` names; the ranks take it back when they need it."""
+        if self.config.trainer.offload:
+            self.call("release")
+
     def validate(self, bins: list[list[PackedBatch]]) -> dict[str, float]:
         """The loss over ``[data-parallel rank][microbatch]`` without training."""
         return merge([totals for totals in self.dispatch("validate", bins) if totals is not None])

@@ -44,6 +44,7 @@ from megarl.types import PackedBatch
 from megarl.utils.checksum import tensor_checksum
 from megarl.workers.build import add_adapters, build_model, build_trainable
 from megarl.workers.microbatch import MicroBatch, to_device
+from megarl.workers.offload import Offload
 from megarl.workers.selection import mark_selected
 from megarl.workers.sender import WeightSender
 
@@ -121,6 +122,8 @@ class PolicyWorker:
             if c.algorithm.kl_coef > 0 and not lora:
                 self.reference, _ = build_model(c, c.model.path)
                 self.reference.requires_grad_(False)
+        models = [self.model] if self.reference is None else [self.model, self.reference]
+        self.offload = Offload(c.trainer.offload, models, self.ddp or [], self.optimizer)
 
     # ---- one step -------------------------------------------------------------------------------------------------
 
@@ -144,6 +147,7 @@ class PolicyWorker:
         With a single optimizer step the old policy is the trained one, so its log-probs come with the training pass
         unless a selection needs them before.
         """
+        self.offload.restore("parameters")
         flat, algorithm = [m for minibatch in self.microbatches for m in minibatch], self.config.algorithm
         select = SELECTIONS.get(algorithm.policy_loss)
         with torch.no_grad():
@@ -161,6 +165,7 @@ class PolicyWorker:
 
     def train(self) -> Totals | None:
         """Run the step's optimizer updates; what the rank counted, or None where the loss is not computed."""
+        self.offload.restore("parameters", "gradients", "optimizer")
         totals = Totals()
         with self.timer("update_actor"):
             for _ in range(self.config.algorithm.num_epochs):
@@ -172,6 +177,7 @@ class PolicyWorker:
 
     def logprobs(self, batches: list[PackedBatch], temperature: float, ban: bool) -> list[np.ndarray] | None:
         """Log-probs [N] of the actions of each bin, or None where they are not computed; ``ban`` as in sampling."""
+        self.offload.restore("parameters")
         self.load([batches])
         with torch.no_grad():
             outputs = self._run(self.microbatches[0], self.model, partial(self._keep, temperature, ban), train=False)
@@ -185,6 +191,7 @@ class PolicyWorker:
 
     def validate(self, batches: list[PackedBatch]) -> Totals | None:
         """The loss on ``batches`` without training on them."""
+        self.offload.restore("parameters")
         self.load([batches])
         with torch.no_grad():
             outputs = self._run(self.microbatches[0], self.model, self._loss, train=False)
@@ -273,10 +280,15 @@ class PolicyWorker:
         count = torch.tensor(len(m.rows), dtype=torch.int, device=self.device)
         return ((loss + penalty) * m.loss_weights).sum(), count, (len(m.rows), sums, maxima)
 
+    def release(self) -> int:
+        """Free what ``trainer.offload`` names until it is needed again; the bytes that gave."""
+        return self.offload.release()
+
     # ---- weights and checkpoints ------------------------------------------------------------------------------------
 
     def send_weights(self, engines: list[ActorHandle], version: int, final: bool) -> dict[str, str]:
         """Push this stage's weights to ``engines``: see ``WeightSender.send``."""
+        self.offload.restore("parameters")
         buckets = export_tensors(
             self.model,
             self.mappings,
@@ -287,6 +299,7 @@ class PolicyWorker:
 
     def write_hf(self, directory: str) -> dict[str, str]:
         """Write the policy as a Hugging Face directory; every rank calls it, rank 0 writes and has the checksums."""
+        self.offload.restore("parameters")
         tensors = export_to_rank_zero(self.model, self.mappings, bucket_bytes=self.config.weight_sync.bucket_bytes)
         sent: dict[str, str] = {}
 
@@ -304,6 +317,7 @@ class PolicyWorker:
 
     def write_adapters(self, directory: str) -> None:
         """Write the policy's adapters as a PEFT directory; every rank calls it, rank 0 writes."""
+        self.offload.restore("parameters")
         tensors = list(export_to_rank_zero(self.model, self.adapters))
         if self.rank == 0:
             write_peft(directory, tensors, self.config.model.lora, self.config.model.path)
@@ -311,6 +325,7 @@ class PolicyWorker:
     def save_checkpoint(self, directory: str, step: int, extra: dict[str, Any]) -> None:
         """Begin (``checkpoint.async_save``) or make a checkpoint of everything that a resumed run needs."""
         self.finish_saving()
+        self.offload.restore("parameters", "optimizer")
         self.saving = checkpoints.save(
             directory,
             step,
@@ -334,6 +349,7 @@ class PolicyWorker:
 
     def load_checkpoint(self, path: str) -> dict[str, Any]:
         """Load what ``save_checkpoint`` saved, at any layout; what was saved beside it."""
+        self.offload.restore("parameters", "optimizer")
         return checkpoints.load(path, self.model, self.optimizer, self.scheduler)
 
     # ---- small things -----------------------------------------------------------------------------------------------

@@ -165,15 +165,6 @@ def score_once(path, parallel, world_size):
 
 
 @pytest.fixture(scope="module")
-def model(tmp_path_factory):
-    from examples.tiny_models import qwen2_5_vl
-
-    path = tmp_path_factory.mktemp("models") / "tiny"
-    qwen2_5_vl(path, seed=3, num_hidden_layers=4)
-    return path
-
-
-@pytest.fixture(scope="module")
 def one_rank(model, pool):
     return run(model, pool, "one rank")
 
