@@ -8,7 +8,6 @@ says: its model is built without weights and asked for its names.
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Iterable, Iterator
 from functools import cache
 from pathlib import Path
@@ -27,9 +26,8 @@ from megarl.checkpoint.huggingface import (
     listed,
     parameters_of,
     read_config,
-    write_hf,
 )
-from megarl.config import LoraConfig
+from megarl.config import PARTS, LoraConfig
 from megarl.models.common.lora import HF_A, HF_B, WEIGHT, add_product
 from megarl.models.mapping import Mapping
 from megarl.utils import torchvision_cpu
@@ -75,9 +73,17 @@ def peft_config(names: Iterable[str], lora: LoraConfig, base: str) -> dict[str, 
 
 
 def write_peft(
-    directory: str | Path, tensors: Iterable[tuple[str, Tensor]], lora: LoraConfig, hf_dir: str | Path
+    directory: str | Path,
+    tensors: Iterable[tuple[str, Tensor]],
+    lora: LoraConfig,
+    hf_dir: str | Path,
+    *,
+    base: str | None = None,
 ) -> None:
-    """Write the adapters ``tensors``, whole and canonically named, as a PEFT directory; one process calls it."""
+    """Write the adapters ``tensors``, whole and canonically named, as a PEFT directory; one process calls it.
+
+    ``hf_dir`` describes the frozen model and has its weights, unless they are at ``base``.
+    """
     spelling = _spelling(str(hf_dir))
     named = {
         spelling[_module(name)] + name.removeprefix(_module(name)): tensor.detach().cpu().contiguous()
@@ -86,7 +92,7 @@ def write_peft(
     directory = Path(directory)
     directory.mkdir(parents=True, exist_ok=True)
     save_file({PREFIX + name: tensor for name, tensor in named.items()}, directory / WEIGHTS_FILE)
-    config = peft_config(named, lora, str(hf_dir))
+    config = peft_config(named, lora, base or str(hf_dir))
     (directory / CONFIG_FILE).write_text(json.dumps(config, indent=2) + "\n")
 
 
@@ -145,27 +151,38 @@ def load_peft(
             parameter.copy_(shard)
 
 
-def merge_peft(hf_dir: str | Path, adapter_dir: str | Path, out_dir: str | Path) -> int:
-    """Write ``hf_dir`` with the adapters of ``adapter_dir`` added to its matrices; how many were.
+def described(config: dict[str, Any], tensors: dict[str, Tensor], parts: Iterable[str]) -> LoraConfig:
+    """``model.lora`` for a model that has the adapters of a PEFT directory; ``parts``: all that it consists of."""
+    return LoraConfig(
+        rank=config["r"],
+        alpha=float(config["lora_alpha"]),
+        use_rslora=config.get("use_rslora", False),
+        target_modules=sorted({_module(name) for name in tensors}),
+        parts=list(parts),
+    )
 
-    One process holds one tensor at a time, besides the adapters. ``CheckpointError`` when an adapter has no matrix.
+
+def merged_tensors(
+    reader: HFReader, directory: str | Path, config: dict[str, Any], tensors: dict[str, Tensor]
+) -> Iterator[tuple[str, Tensor]]:
+    """Every tensor of ``reader``, the adapters of the PEFT ``directory`` added; one at a time.
+
+    ``CheckpointError`` before the first when an adapter has no matrix, or there is none.
     """
-    reader = HFReader(Path(hf_dir))
-    config, tensors = read_peft(adapter_dir, hf_dir)
-    _check_config(adapter_dir, config, LoraConfig(config["r"], float(config["lora_alpha"]), config["use_rslora"]))
-    scale = config["lora_alpha"] / (math.sqrt(config["r"]) if config["use_rslora"] else config["r"])
-    modules = {_module(name) for name in tensors}
+    lora = described(config, tensors, PARTS)
+    _check_config(directory, config, lora)
+    modules = set(lora.target_modules)
     lost = sorted(module for module in modules if module + WEIGHT not in reader)
     lost += sorted(module for module in modules if {module + HF_A, module + HF_B} - set(tensors))
     if lost or not modules:
-        raise CheckpointError(f"{adapter_dir}: adapters without a matrix in {hf_dir}: {listed(lost) or 'none at all'}")
+        where = f"{directory}: adapters without a matrix in {reader.directory}"
+        raise CheckpointError(f"{where}: {listed(lost) or 'none at all'}")
 
     def merged() -> Iterator[tuple[str, Tensor]]:
         for name in reader.keys():  # noqa: SIM118
             module, tensor = name.removesuffix(WEIGHT), reader[name]
             if name == module + WEIGHT and module in modules:
-                tensor = add_product(tensor, tensors[module + HF_A], tensors[module + HF_B], scale)
+                tensor = add_product(tensor, tensors[module + HF_A], tensors[module + HF_B], lora.scale)
             yield name, tensor
 
-    write_hf(out_dir, merged(), hf_dir)
-    return len(modules)
+    return merged()

@@ -10,21 +10,25 @@ import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from megatron.core.transformer.module import MegatronModule
+from torch import Tensor
 
 from megarl.checkpoint import megatron
-from megarl.checkpoint.huggingface import CheckpointError, HFReader, check_load, read_config, write_hf
+from megarl.checkpoint.adapters import described, load_peft, merged_tensors, read_peft, write_peft
+from megarl.checkpoint.huggingface import CheckpointError, HFReader, check_load, load_hf, read_config, write_hf
 from megarl.checkpoint.manifest import read_manifest
 from megarl.checkpoint.parity import MAX_LOGITS_PARAMETERS, compare_logits, compare_tensors, write_parity
 from megarl.checkpoint.progress import counted, progress
 from megarl.checkpoint.staging import require_empty, staged
 from megarl.checkpoint.streaming import CheckpointReader, parameter_source
 from megarl.config import ModelConfig, ParallelConfig, RunConfig, apply_overrides, load_experiment
+from megarl.models.common.lora import attach
 from megarl.models.family import family_of
 from megarl.models.mapping import Mapping
 from megarl.parallel import groups
@@ -118,13 +122,19 @@ def megatron_to_hf(
 ) -> dict[str, Any]:
     """Write the Hugging Face directory ``out_dir`` from a complete checkpoint, with ``parity.json``; what that says.
 
-    ``dtype`` of the files, one of ``FILE_DTYPES``; None keeps the parameters'. ``CheckpointError`` for directories that
-    cannot be used; then nothing is written.
+    A checkpoint of adapters is merged into the model that it was trained on. ``dtype`` of the files, one of
+    ``FILE_DTYPES``; None keeps the parameters'. ``CheckpointError`` for directories that cannot be used; then nothing
+    is written.
     """
     checkpoint, out_dir = Path(checkpoint), Path(out_dir)
     require_empty(out_dir)
     manifest = read_manifest(checkpoint)
     config = load_experiment(checkpoint / "config.yaml")
+    if "adapters" in manifest.contents:
+        with tempfile.TemporaryDirectory() as directory:
+            megatron_to_peft(checkpoint, directory)
+            report = merge_adapters(config.model.path, directory, out_dir, dtype=dtype, logits=logits)
+        return report | {"step": manifest.step}
     name = dtype or manifest.dtype
     with single_process():
         megatron.intact(checkpoint)
@@ -145,16 +155,89 @@ def megatron_to_hf(
     return report
 
 
+def megatron_to_peft(checkpoint: str | Path, out_dir: str | Path) -> int:
+    """Write the PEFT directory ``out_dir`` from a complete checkpoint of adapters; the number of tensors."""
+    checkpoint, out_dir = Path(checkpoint), Path(out_dir)
+    require_empty(out_dir)
+    manifest = read_manifest(checkpoint)
+    if "adapters" not in manifest.contents:
+        raise CheckpointError(f"{checkpoint} holds {', '.join(manifest.contents)} and no adapters")
+    config = load_experiment(checkpoint / "config.yaml")
+    with single_process():
+        megatron.intact(checkpoint)
+        model, mappings = whole_model(checkpoint / "hf", replace(config.model, dtype=manifest.dtype), "meta")
+        adapters = attach(model, mappings, config.model.lora, model.parts, seed=0)
+        megatron.check_tensors(checkpoint, model)
+        tensors = list(CheckpointReader(checkpoint, model).tensors(adapters))
+    with staged(out_dir, sum(tensor.nbytes for _, tensor in tensors)) as directory:
+        write_peft(directory, tensors, config.model.lora, checkpoint / "hf", base=config.model.path)
+    return len(tensors)
+
+
+def merge_adapters(
+    hf_dir: str | Path,
+    adapter_dir: str | Path,
+    out_dir: str | Path,
+    *,
+    dtype: str | None = None,
+    logits: bool = True,
+) -> dict[str, Any]:
+    """Write ``hf_dir`` with the adapters of a PEFT directory added, and ``parity.json``; what that says.
+
+    ``logits``: of our model with the adapters beside its matrices, against transformers' on what was written. ``dtype``
+    as in ``megatron_to_hf``; None keeps each tensor's.
+    """
+    hf_dir, adapter_dir, out_dir = Path(hf_dir), Path(adapter_dir), Path(out_dir)
+    reader, (config, tensors) = HFReader(hf_dir), read_peft(adapter_dir, hf_dir)
+    target = None if dtype is None else FILE_DTYPES[dtype]
+    merged = partial(merged_tensors, reader, adapter_dir, config, tensors)
+    model_config = ModelConfig(path=str(hf_dir), dtype="float32")
+    with single_process():
+        meta, mappings = whole_model(hf_dir, model_config, "meta")
+        with staged(out_dir, reader.num_bytes()) as directory:
+            write_hf(directory, counted(merged(), reader.num_bytes(), f"writing {out_dir}"), hf_dir, dtype=target)
+            report = {
+                "direction": "adapters into huggingface",
+                "dtype": dtype or ", ".join(sorted(str(d).removeprefix("torch.") for d in reader.dtypes())),
+                "adapted_modules": len(tensors) // 2,
+                "logits": _skipped(meta, asked=logits),
+            }
+            if not report["logits"]:
+                build = partial(_adapted_model, hf_dir, model_config, adapter_dir, config, tensors)
+                report["logits"] = compare_logits(build, directory)
+            report |= compare_tensors(merged(), mappings, HFReader(directory))
+            write_parity(directory, report)
+    return report
+
+
+def _adapted_model(
+    hf_dir: Path, model_config: ModelConfig, adapter_dir: Path, config: dict[str, Any], tensors: dict[str, Tensor]
+) -> MegatronModule:
+    """The whole model with its adapters, in float32."""
+    model, mappings = whole_model(hf_dir, model_config, "cuda" if torch.cuda.is_available() else "cpu")
+    load_hf(model, mappings, hf_dir)
+    lora = described(config, tensors, model.parts)
+    load_peft(model, attach(model, mappings, lora, model.parts, seed=0), adapter_dir, lora, hf_dir)
+    return model
+
+
+def _skipped(meta: MegatronModule, *, asked: bool) -> dict[str, Any]:
+    """Why logits are not compared; empty when they are."""
+    if not asked:
+        return {"skipped": "not asked for"}
+    number = sum(parameter.numel() for parameter in meta.parameters())
+    if number > MAX_LOGITS_PARAMETERS:
+        return {"skipped": f"{number} parameters are more than {MAX_LOGITS_PARAMETERS}"}
+    return {}
+
+
 def _logits(
     parameters: CheckpointReader, description: Path, config: ModelConfig, hf_dir: Path, *, asked: bool
 ) -> dict[str, Any]:
     """Logits of ``parameters`` in float32 against transformers' on ``hf_dir``, or why they are not compared."""
-    if not asked:
-        return {"skipped": "not asked for"}
     meta, _ = whole_model(description, config, "meta")
-    number = sum(parameter.numel() for parameter in meta.parameters())
-    if number > MAX_LOGITS_PARAMETERS:
-        return {"skipped": f"{number} parameters are more than {MAX_LOGITS_PARAMETERS}"}
+    if skipped := _skipped(meta, asked=asked):
+        return skipped
 
     def model() -> MegatronModule:
         device = "cuda" if torch.cuda.is_available() else "cpu"

@@ -12,7 +12,8 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
-from megarl.config import DataConfig, RunConfig
+from megarl.checkpoint.manifest import read_manifest
+from megarl.config import DataConfig, RunConfig, load_experiment
 from megarl.data.datasets import Row, read_rows
 from megarl.data.packing import Packing, assign_to_bins, pack_assigned
 from megarl.data.processors import Processor, load_processor
@@ -34,6 +35,9 @@ def score_file(config: RunConfig, checkpoint: Path, data: Path, out: Path, *, te
     is_megatron = (checkpoint / "manifest.json").is_file()
     hf_dir = checkpoint / "hf" if is_megatron else checkpoint
     config = replace(config, model=replace(config.model, path=str(hf_dir)))
+    if is_megatron and "adapters" in read_manifest(checkpoint).contents:  # the rest is where they were trained
+        trained = load_experiment(checkpoint / "config.yaml").model
+        config = replace(config, model=replace(config.model, path=trained.path, lora=trained.lora))
     processor = load_processor(hf_dir, config)
     packing = Packing.of(config, processor)
     rows = read_rows([data])

@@ -110,6 +110,8 @@ class Save(Callback):
             self.run.save(self.trainer.workers, self.trainer.step, self.trainer.state_dict(), wait=True)
         if self.config.checkpoint.export_hf:
             self.trainer.workers.call("write_hf", str(self.run.directory / "hf"))
+            if self.config.model.lora.rank:
+                self.trainer.workers.call("write_adapters", str(self.run.directory / "adapter"))
 
 
 class Report(Callback):

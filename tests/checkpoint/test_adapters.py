@@ -11,6 +11,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from megarl.checkpoint.huggingface import CheckpointError
+from megarl.checkpoint.megatron import read_index
 from megarl.config import LoraConfig, ModelConfig, ParallelConfig, RunConfig
 from tests.models.peft_reference import PeftReference, peft_reference
 from tests.models.qwen_vl import Qwen25VL
@@ -75,7 +76,7 @@ def test_peft_and_transformers_read_what_was_written(pool, ref, tmp_path, parall
     from peft import PeftModel
     from transformers import Qwen2_5_VLForConditionalGeneration
 
-    from megarl.checkpoint.adapters import merge_peft
+    from megarl.checkpoint.convert import merge_adapters
 
     assert all(pool.run(write_both, parallel.model_parallel_size, ref, parallel, str(tmp_path)))
     theirs, ours = (load_file(f"{d}/adapter_model.safetensors") for d in (ref.adapter, tmp_path / "adapter"))
@@ -86,7 +87,10 @@ def test_peft_and_transformers_read_what_was_written(pool, ref, tmp_path, parall
     merged = tmp_path / "merged"
     assert_logits(Qwen2_5_VLForConditionalGeneration.from_pretrained(merged, dtype=torch.float32).eval(), ref)
     # the same from files alone
-    assert merge_peft(ref.directory, tmp_path / "adapter", tmp_path / "files") == len(theirs) / 2
+    report = merge_adapters(ref.directory, tmp_path / "adapter", tmp_path / "files")
+    assert report["adapted_modules"] == len(theirs) / 2
+    assert report["bit_exact"]
+    assert report["logits"]["max_abs_diff"] < 1e-4 < report["logits"]["largest_logit"]
     files, live = (load_file(tmp_path / d / "model.safetensors") for d in ("files", "merged"))
     assert set(files) == set(live)
     for name, tensor in live.items():
@@ -131,11 +135,50 @@ def test_what_does_not_fit_is_named(pool, ref, tmp_path):
 
 
 def test_adapters_that_fit_nothing_are_an_error(ref, tmp_path):
-    from megarl.checkpoint.adapters import merge_peft
+    from megarl.checkpoint.convert import merge_adapters
 
     directory = tmp_path / "adapter"
     shutil.copytree(ref.adapter, directory)
     file = directory / "adapter_model.safetensors"
     save_file({name.replace("q_proj", "query"): tensor for name, tensor in load_file(file).items()}, file)
     with pytest.raises(CheckpointError, match=r"adapters without a matrix in .*: model.layers.0.self_attn.query"):
-        merge_peft(ref.directory, directory, tmp_path / "out")
+        merge_adapters(ref.directory, directory, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def trained(ref: PeftReference, parallel: ParallelConfig, directory: str) -> None:
+    """A checkpoint of adapters that learned since they were loaded."""
+    from megarl.checkpoint import megatron
+    from tests.checkpoint.training import build, step
+
+    config = RunConfig(
+        model=ModelConfig(path=ref.directory, lora=replace(ref.lora, path=ref.adapter)), parallel=parallel
+    )
+    t = build(config)
+    for _ in range(2):  # the learning rate of the first is zero
+        step(t, ref)
+    megatron.save_to(f"{directory}/checkpoint", 1, t.ddp, t.optimizer, t.scheduler, {}, t.config)
+
+
+def test_a_checkpoint_of_adapters_becomes_peft_and_hugging_face(pool, ref, tmp_path):
+    """Saved by two tensor-parallel ranks; the base is not in it."""
+    from megarl.checkpoint.convert import megatron_to_hf, megatron_to_peft, merge_adapters
+
+    parallel = ParallelConfig(tensor_model_parallel_size=2, sequence_parallel=True)
+    pool.run(trained, 2, ref, parallel, str(tmp_path))
+    checkpoint = tmp_path / "checkpoint"
+    keys = [key for key in read_index(checkpoint).state_dict_metadata if not key.startswith("optimizer.")]
+    assert all(".adapter." in key or key.startswith("scheduler") for key in keys)
+    before = load_file(f"{ref.adapter}/adapter_model.safetensors")
+    assert megatron_to_peft(checkpoint, tmp_path / "peft") == len(before)
+    after = load_file(tmp_path / "peft" / "adapter_model.safetensors")
+    for name, tensor in before.items():
+        assert 0 < (after[name] - tensor).abs().max() < 0.05, name  # Adam's first step
+    report = megatron_to_hf(checkpoint, tmp_path / "hf")
+    assert report["step"] == 1
+    assert report["logits"]["max_abs_diff"] < 1e-4
+    merge_adapters(ref.directory, tmp_path / "peft", tmp_path / "merged")
+    ours, theirs = (load_file(tmp_path / d / "model.safetensors") for d in ("hf", "merged"))
+    assert all(torch.equal(ours[name], tensor) for name, tensor in theirs.items())
+    with pytest.raises(CheckpointError, match="not a complete checkpoint"):
+        megatron_to_peft(tmp_path / "hf", tmp_path / "none")
