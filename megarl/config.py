@@ -267,6 +267,9 @@ class RolloutConfig:
 @dataclass
 class WeightSyncConfig:
     transport: str = "tensor"  # tensor (shared memory, CUDA IPC) | broadcast (gloo, NCCL) | disk
+    # of a policy with model.lora: merged = its matrices, rounded to rollout.dtype | adapter = its adapters alone, which
+    # the engine keeps beside the frozen matrices (decoder only)
+    lora: str = "merged"
     bucket_bytes: int = 512 << 20
     verify: bool = True  # compare every tensor's checksum on both sides after each sync
     canary: bool = True  # score one prompt with an image on both sides after each sync
@@ -274,6 +277,7 @@ class WeightSyncConfig:
 
     def __post_init__(self) -> None:
         check_choice("weight_sync.transport", self.transport, ["tensor", "broadcast", "disk"])
+        check_choice("weight_sync.lora", self.lora, ["merged", "adapter"])
         _check_not_negative("weight_sync", self, "canary_tolerance")
         _check_positive("weight_sync", self, "bucket_bytes")
 
@@ -464,6 +468,12 @@ class RunConfig:
     def __post_init__(self) -> None:
         if not 0 <= self.seed < 1 << 31:
             raise ValueError(f"seed={self.seed} must lie in [0, 2^31)")
+        lora = self.model.lora
+        if self.weight_sync.lora == "adapter" and (not lora.rank or lora.parts != ["decoder"]):
+            raise ValueError(
+                "weight_sync.lora=adapter needs model.lora.rank > 0 and model.lora.parts=[decoder], where SGLang has "
+                f"adapters, not {lora.rank} and {lora.parts}; weight_sync.lora=merged serves all"
+            )
         implementation, backend = self.model.transformer_impl, self.model.attention_backend
         if self.trainer.share_prompts and (implementation != "local" or backend == "varlen"):
             raise ValueError(

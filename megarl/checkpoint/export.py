@@ -1,6 +1,7 @@
 """Live weights under their Hugging Face names, for weight sync and for writing Hugging Face directories.
 
 A layer with adapters gives its matrix with their product added, in a tensor of its own: the model is not touched.
+Within ``adapters_off`` it gives the matrix alone.
 Everything here reads parameters as they are. With ``overlap_param_gather`` the all-gather of the last optimizer step
 may still be due: the caller runs ``ddp.start_param_sync(force_sync=True)`` first, or gets weights that are a step old.
 """
@@ -74,7 +75,7 @@ def export_tensors(
     def shard(mapping: Mapping) -> Tensor:
         parameter = local[mapping.megatron][0].detach()
         layer = adapted.get(id(local[mapping.megatron][0]))
-        return parameter if layer is None else layer.adapter.merged(parameter)
+        return parameter if layer is None or not layer.adapter.enabled else layer.adapter.merged(parameter)
 
     def emit() -> Bucket:
         split = [mapping for mapping in bucket if mapping.shard_dim is not None]

@@ -12,6 +12,7 @@ import os
 import sys
 import types
 from collections.abc import Callable
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -68,6 +69,21 @@ def murmur_hash32(seed: Tensor, positions: Tensor, columns: Tensor) -> Tensor:
     state = ((state ^ (state >> 16)) * 0x85EBCA6B) & _MASK
     state = ((state ^ (state >> 13)) * 0xC2B2AE35) & _MASK
     return (state ^ (state >> 16)).to(torch.uint32)
+
+
+def unpin(*modules: types.ModuleType) -> None:
+    """Let ``modules`` of SGLang ask for pinned memory, which a CPU build of torch has none of."""
+    unpinned = types.ModuleType("torch")
+    unpinned.__getattr__ = partial(getattr, torch)
+    for name in ("tensor", "zeros"):
+        setattr(unpinned, name, _pageable(getattr(torch, name)))
+    for module in modules:
+        module.torch = unpinned
+    Tensor.pin_memory = lambda self, device=None: self
+
+
+def _pageable(create: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    return lambda *args, pin_memory=False, **kwargs: create(*args, **kwargs)
 
 
 def install() -> None:

@@ -24,12 +24,14 @@ import torch
 from megarl.config import RunConfig
 from megarl.data.processors import load_processor
 from megarl.types import FinishReason, Media
+from megarl.weight_sync.shared import share_bucket
 
 EXTERNAL_ARCHITECTURES = (
     "LlavaForConditionalGeneration",
     "LlavaNextForConditionalGeneration",
     "LlavaOnevisionForConditionalGeneration",
 )
+_ADAPTER = "policy"  # what SGLang calls it
 _POLL_S = 0.2  # between looks at the engine's processes
 
 
@@ -111,6 +113,9 @@ def server_arguments(config: RunConfig, hf_dir: str, index: int) -> dict[str, An
     }
     if not any(Path(hf_dir).glob("*.safetensors")):
         arguments["load_format"] = "dummy"  # a resumed run's: the trainer sends the weights before the first rollout
+    if config.weight_sync.lora == "adapter":  # the trainer names the layers, in rollout.engine
+        rank = config.model.lora.rank
+        arguments |= {"enable_lora": True, "max_lora_rank": rank, "max_loras_per_batch": 2}  # one is none
     deterministic = config.debug.deterministic
     if deterministic:
         arguments |= {"disable_radix_cache": True, "schedule_policy": "fcfs"}
@@ -122,6 +127,7 @@ def server_arguments(config: RunConfig, hf_dir: str, index: int) -> dict[str, An
             "mem_fraction_static": 0.1,
             "max_total_tokens": 65536,
             "max_running_requests": 256,
+            "lora_backend": "torch_native",
             "sleep_on_idle": True,  # an idle scheduler takes a whole core else
         }
     elif deterministic:
@@ -152,6 +158,7 @@ class EngineActor:
         self._manager._subprocess_watchdog.stop()
         self._children = [psutil.Process(pid) for pid in self._engine.get_all_child_pids()]
         self._death: asyncio.Future[str] | None = None
+        self._adapter: str | None = None  # the one that all requests use
 
     async def ping(self) -> dict[str, Any]:
         """Return once the engine can serve: {"pid": of the actor, "processes": pids of SGLang's children}."""
@@ -257,12 +264,35 @@ class EngineActor:
         )
         self._check("update_weights_from_disk", await self._watched(self._manager.update_weights_from_disk(message)))
 
-    async def checksums(self) -> dict[str, str]:
+    async def load_adapter(
+        self, tensors: list[tuple[str, torch.Tensor]], description: dict[str, Any], weight_version: int
+    ) -> None:
+        """Use the adapters ``tensors``, named as in PEFT, instead of the last; every request from now on does.
+
+        ``description``: the content of their ``adapter_config.json``.
+        """
+        if self._adapter is not None:
+            unload = self._sglang.UnloadLoRAAdapterReqInput(lora_name=self._adapter)
+            self._check_lora("unload", await self._watched(self._manager.unload_lora_adapter(unload)))
+        self._adapter = None
+        message = self._sglang.LoadLoRAAdapterFromTensorsReqInput(
+            lora_name=_ADAPTER,
+            config_dict=description,
+            serialized_named_tensors=share_bucket(tensors, self._tensor_parallel_size),
+            load_format="flattened_bucket",
+        )
+        self._check_lora("load", await self._watched(self._manager.load_lora_adapter_from_tensors(message)))
+        self._adapter = _ADAPTER
+        version = self._sglang.UpdateWeightVersionReqInput(new_version=str(weight_version), abort_all_requests=False)
+        await self._watched(self._manager.update_weight_version(version))
+        await self._watched(self._manager.flush_cache())  # what the last adapters made is of no more use
+
+    async def checksums(self, *, adapters: bool = False) -> dict[str, str]:
         """``utils.checksum.tensor_checksum`` of every live weight, whole and under its checkpoint name.
 
-        A tied ``lm_head.weight`` is not listed.
+        A tied ``lm_head.weight`` is not listed. ``adapters``: of what requests are computed with beside the weights.
         """
-        message = self._sglang.CheckWeightsReqInput(action="checksum")
+        message = self._sglang.CheckWeightsReqInput(action="adapter_checksum" if adapters else "checksum")
         success, text, ranks, _ = await self._watched(self._manager.check_weights(message))
         self._check("checksums", (success, text))
         return ranks[0]["checksums"]
@@ -297,6 +327,7 @@ class EngineActor:
             return_logprob=True,
             logprob_start_len=logprob_start_len,
             rid=rid,
+            lora_path=self._adapter,
             **{name: data for name, data in shown.items() if data},
         )
         outputs = await self._watched(anext(self._manager.generate_request(message)))
@@ -327,6 +358,9 @@ class EngineActor:
         success, message = answer[:2]
         if not success:
             raise RuntimeError(f"{self._name}: {call} failed: {message}")
+
+    def _check_lora(self, call: str, answer: Any) -> None:
+        self._check(f"{call} of the adapters", (answer.success, answer.error_message))
 
     async def _watched(self, call: Any) -> Any:
         """Await ``call``, or raise ``EngineDied`` as soon as a process of the engine is gone."""

@@ -6,7 +6,7 @@ the engine's side shows what a weight update really wrote: SGLang's loaders skip
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
 import torch
 from sglang.srt.distributed import get_tp_group
@@ -17,6 +17,8 @@ from sglang.srt.layers.linear import (
     RowParallelLinear,
 )
 from sglang.srt.layers.vocab_parallel_embedding import VocabParallelEmbedding
+from sglang.srt.lora.layers import BaseLayerWithLoRA
+from sglang.srt.lora.lora_manager import LoRAManager
 from sglang.srt.models.llama import Phi3ForCausalLM
 from torch import Tensor, nn
 
@@ -67,18 +69,29 @@ def hf_tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
 
     A tied ``lm_head`` is the embedding and is not repeated. Padding rows of the vocabulary are cut.
     """
+    yield from _published(model, _unfused(model))
+
+
+def _published(model: nn.Module, tensors: Iterable[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:
+    """``tensors`` under their checkpoint names instead of SGLang's."""
     prefixes = PREFIXES.get(type(model).__name__, {})
-    for name, tensor in _unfused(model):
+    for name, tensor in tensors:
         prefix = next((prefix for prefix in prefixes if name.startswith(prefix)), None)
         yield name if prefix is None else prefixes[prefix] + name.removeprefix(prefix), tensor
 
 
+def _is_fused(model: nn.Module) -> bool:
+    """Whether the checkpoint keeps q, k, v and gate, up as one too."""
+    return any(isinstance(module, Phi3ForCausalLM) for module in model.modules())
+
+
 def _unfused(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
     """The same under SGLang's names."""
-    modules = dict(model.named_modules())
-    fused = any(isinstance(module, Phi3ForCausalLM) for module in modules.values())  # in its checkpoints too
+    modules, fused = dict(model.named_modules()), _is_fused(model)
     for name, parameter in model.named_parameters():
         module, tensor = modules[name.rpartition(".")[0]], parameter.detach()
+        if isinstance(module, BaseLayerWithLoRA):  # holds its layer's parameters as its own
+            module = module.base_layer
         is_weight = name.endswith(".weight")
         if isinstance(module, QKVParallelLinear):
             yield from _unfuse_qkv(name, module, tensor, fused)
@@ -92,3 +105,39 @@ def _unfused(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
             yield name, torch.cat(_gather(tensor, module.tp_size))[: module.org_vocab_size]
         else:
             yield name, tensor
+
+
+def adapter_tensors(manager: LoRAManager) -> Iterator[tuple[str, Tensor]]:
+    """Yield the one adapter's tensors as layers compute with them, whole and named as in PEFT, zeros where it has none.
+
+    All tensor-parallel ranks call it.
+    """
+    (uid,) = manager.loras
+    manager.fetch_new_loras({uid})  # what SGLang does before the first request that uses it
+    slot = manager.memory_pool.get_buffer_id(uid)
+    fused = _is_fused(manager.base_model)
+    layers = [item for layer in manager.lora_modules for item in layer.items()]
+    tensors = (item for name, layer in layers for item in _adapter_of(name, layer, slot, fused))
+    yield from _published(manager.base_model, tensors)
+
+
+def _adapter_of(name: str, layer: BaseLayerWithLoRA, slot: int, fused: bool) -> Iterator[tuple[str, Tensor]]:
+    module = layer.base_layer
+    if isinstance(module, QKVParallelLinear):
+        a, b = layer.A_buffer_qkv[slot], layer.B_buffer_qkv[slot]
+        prefix, names = name.removesuffix("qkv_proj"), ("q_proj", "k_proj", "v_proj")
+        yield from _unfuse_qkv(f"{name}.lora_B.weight", module, b, fused)
+    elif isinstance(module, MergedColumnParallelLinear):
+        a, b = layer.A_buffer[slot], layer.B_buffer[slot]
+        prefix, names = name.removesuffix("gate_up_proj"), ("gate_proj", "up_proj")
+        yield from _unfuse_gate_up(f"{name}.lora_B.weight", module, b, fused)
+    else:
+        a, b, prefix, names = layer.A_buffer[slot], layer.B_buffer[slot], name, ("",)
+        row = isinstance(module, RowParallelLinear)
+        a = torch.cat(_gather(a, module.tp_size), dim=1) if row else a
+        yield f"{name}.lora_B.weight", b if row else torch.cat(_gather(b, module.tp_size))
+    parts = a.chunk(len(names))
+    if fused:  # one for all, repeated by SGLang
+        prefix, names, parts = name, ("",), parts[:1]
+    for projection, part in zip(names, parts, strict=True):
+        yield f"{prefix}{projection}.lora_A.weight", part

@@ -7,7 +7,8 @@ scheduler's place: one that reports checksums under checkpoint names, one that m
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Iterable
+from typing import Any, ClassVar
 
 import torch
 
@@ -17,30 +18,57 @@ cpu_shims.install()
 
 from sglang.srt.entrypoints.engine import Engine  # noqa: E402
 from sglang.srt.layers.attention import attention_registry  # noqa: E402
+from sglang.srt.lora import layers  # noqa: E402
+from sglang.srt.lora.backend import torch_backend  # noqa: E402
+from sglang.srt.lora.lora_manager import LoRAManager  # noqa: E402
 from sglang.srt.managers import detokenizer_manager, scheduler  # noqa: E402
 from sglang.srt.managers.io_struct import (  # noqa: E402, F401 - what an engine's owner says to it
     CheckWeightsReqInput,
     DestroyWeightsUpdateGroupReqInput,
     GenerateReqInput,
     InitWeightsUpdateGroupReqInput,
+    LoadLoRAAdapterFromTensorsReqInput,
+    UnloadLoRAAdapterReqInput,
     UpdateWeightFromDiskReqInput,
     UpdateWeightsFromDistributedReqInput,
     UpdateWeightsFromTensorReqInput,
+    UpdateWeightVersionReqInput,
 )
 from sglang.srt.model_executor import model_runner  # noqa: E402
 from sglang.srt.runtime_context import get_context  # noqa: E402
 from sglang.srt.utils.weight_checker import ChecksumInfo, WeightChecker  # noqa: E402
 
 from megarl.rollout.cpu_attention import BatchedTorchAttention  # noqa: E402
-from megarl.rollout.live_weights import hf_tensors  # noqa: E402
+from megarl.rollout.live_weights import adapter_tensors, hf_tensors  # noqa: E402
 from megarl.utils.checksum import tensor_checksum  # noqa: E402
 
 
+class KnownLoRAManager(LoRAManager):
+    """SGLang's manager of adapters, known to the process that it is in."""
+
+    instance: ClassVar[LoRAManager | None] = None
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        KnownLoRAManager.instance = self
+
+
 class CheckpointWeightChecker(WeightChecker):
-    """Answers ``check_weights(action="checksum")`` with megarl's checksums under checkpoint names."""
+    """Answers ``check_weights`` with megarl's checksums under checkpoint names.
+
+    ``action="checksum"`` means the weights, ``adapter_checksum`` the adapters that requests use beside them.
+    """
+
+    def handle(self, action: str, allow_quant_error: bool = False) -> dict | None:
+        if action == "adapter_checksum":
+            return self._checksum_info(adapter_tensors(KnownLoRAManager.instance))
+        return super().handle(action, allow_quant_error)
 
     def _compute_checksum(self) -> dict[str, Any]:
-        checksums = {name: tensor_checksum(tensor) for name, tensor in hf_tensors(self._get_model())}
+        return self._checksum_info(hf_tensors(self._get_model()))
+
+    def _checksum_info(self, tensors: Iterable[tuple[str, torch.Tensor]]) -> dict[str, Any]:
+        checksums = {name: tensor_checksum(tensor) for name, tensor in tensors}
         return ChecksumInfo(
             checksums=checksums, per_gpu_checksum="", parallelism_info=self._parallelism_info()
         ).model_dump()
@@ -91,7 +119,9 @@ class DeterministicScheduler(scheduler.Scheduler):
 def run_scheduler_process(*args: Any, **kwargs: Any) -> None:
     """SGLang's scheduler process with checksums under checkpoint names and, on CPU, batched attention."""
     model_runner.WeightChecker = CheckpointWeightChecker
+    model_runner.LoRAManager = KnownLoRAManager
     if torch.version.cuda is None:
+        cpu_shims.unpin(layers, torch_backend)
         attention_registry.ATTENTION_BACKENDS["torch_native"] = BatchedTorchAttention
     scheduler.run_scheduler_process(*args, **kwargs)
 

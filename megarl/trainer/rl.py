@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -46,7 +47,7 @@ class RLTrainer:
             self.source.load_state_dict(saved["source"])
         self.state: dict[str, Any] = {"source": self.source.state_dict()}
         self.rewards = RewardRunner(reward_functions(config), config.rewards)
-        self.rollout = RolloutManager(config, hf_dir, sync=lambda engines: self.sync.resend(engines))
+        self.rollout = RolloutManager(self.engine_config(), hf_dir, sync=lambda engines: self.sync.resend(engines))
         run.console.message(f"{len(self.rollout.engines)} SGLang engine(s) ready")
         self.sync = WeightSync(
             config,
@@ -123,6 +124,14 @@ class RLTrainer:
                 self.rollout.ensure_alive()
                 if self.rollout.num_restarts == restarts:  # it was something else
                     raise
+
+    def engine_config(self) -> RunConfig:
+        """The configuration of the engines: they make room for adapters when they start."""
+        if self.config.weight_sync.lora == "merged":
+            return self.config
+        modules = {"lora_target_modules": self.workers.call("adapter_modules")[0]}
+        rollout = replace(self.config.rollout, engine=modules | self.config.rollout.engine)
+        return replace(self.config, rollout=rollout)
 
     def canary(self) -> EncodedPrompt:
         """A held-out prompt, with an image if one of the first has any."""

@@ -41,6 +41,7 @@ class WeightSync:
         # an engine has its own names for image placeholders, and nothing precedes the first token
         self.scored = ~np.isin(canary.tokens, list(banned_token_ids)) & (np.arange(len(canary.tokens)) > 0)
         self.version = -1
+        self.prepared: list[ActorHandle] = []  # engines that hold the frozen matrices, for weight_sync.lora=adapter
         self.digest: dict[str, str] = {}  # checksums of the last version that was sent
         tolerance = config.weight_sync.canary_tolerance
         self.tolerance = tolerance or (1e-4 if config.model.dtype == "float32" else 0.1)
@@ -64,12 +65,18 @@ class WeightSync:
         self._deliver(engines, self.version)
 
     def _deliver(self, engines: list[ActorHandle], version: int) -> tuple[dict[str, str], dict[str, float]]:
-        transport = self.config.weight_sync.transport
-        sent = self._send_files(engines, version) if transport == "disk" else self._send_tensors(engines, version)
+        adapters = self.config.weight_sync.lora == "adapter"
+        if adapters:
+            self._prepare([engine for engine in engines if engine not in self.prepared], version)
+            sent = self.workers.call("send_adapters", engines, version)[0]
+            if not sent:
+                raise WeightSyncError(f"version {version}: the policy has no adapters to send")
+        else:
+            sent = self._send_weights(engines, version)
         metrics = {"sync/tensors": float(len(sent))}
         timeout = self.config.rollout.timeout_s
         checks, canary = self.config.weight_sync.verify, self.config.weight_sync.canary
-        held = [engine.checksums.remote() for engine in engines] if checks else []
+        held = [engine.checksums.remote(adapters=adapters) for engine in engines] if checks else []
         theirs = [engine.score.remote(self.canary.tokens, self.canary.media) for engine in engines] if canary else []
         ours = self._score_canary() if canary else None  # at the same time as the engines
         for index, checksums in enumerate(ray.get(held, timeout=timeout)):
@@ -85,19 +92,36 @@ class WeightSync:
             metrics["sync/canary_abs_diff"] = max(difference, metrics.get("sync/canary_abs_diff", 0.0))
         return sent, metrics
 
-    def _send_tensors(self, engines: list[ActorHandle], version: int) -> dict[str, str]:
+    def _prepare(self, engines: list[ActorHandle], version: int) -> None:
+        """Give engines the frozen matrices that adapters are beside, once."""
+        if not engines:
+            return
+        sent = self._send_weights(engines, version, merged=False)
+        if self.config.weight_sync.verify:
+            held = [engine.checksums.remote() for engine in engines]
+            for index, checksums in enumerate(ray.get(held, timeout=self.config.rollout.timeout_s)):
+                _compare(f"new engine {index}", version, sent, checksums)
+        self.prepared += engines
+
+    def _send_weights(self, engines: list[ActorHandle], version: int, **options: bool) -> dict[str, str]:
+        send = self._send_files if self.config.weight_sync.transport == "disk" else self._send_tensors
+        return send(engines, version, **options)
+
+    def _send_tensors(self, engines: list[ActorHandle], version: int, **options: bool) -> dict[str, str]:
         sent: dict[str, str] = {}
         stages = self.workers.exporters()
         for index, stage in enumerate(stages):
             final = index == len(stages) - 1
-            results = self.workers.gather([rank.send_weights.remote(engines, version, final) for rank in stage])
+            results = self.workers.gather(
+                [rank.send_weights.remote(engines, version, final, **options) for rank in stage]
+            )
             sent |= results[0]
         return sent
 
-    def _send_files(self, engines: list[ActorHandle], version: int) -> dict[str, str]:
+    def _send_files(self, engines: list[ActorHandle], version: int, **options: bool) -> dict[str, str]:
         directory = Path(self.config.trainer.run_dir).resolve() / "weight_sync"
         shutil.rmtree(directory, ignore_errors=True)
-        sent = self.workers.call("write_hf", str(directory))[0]
+        sent = self.workers.call("write_hf", str(directory), **options)[0]
         loading = [engine.update_weights_from_disk.remote(str(directory), version) for engine in engines]
         ray.get(loading, timeout=self.config.rollout.timeout_s)
         shutil.rmtree(directory)

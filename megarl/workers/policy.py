@@ -9,7 +9,7 @@ from __future__ import annotations
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from datetime import timedelta
 from functools import partial
@@ -36,7 +36,7 @@ from megarl.config import RunConfig
 from megarl.data.processors import load_processor
 from megarl.kernels.logprob import linear_logprob
 from megarl.models.common.interleaved import chunks_of
-from megarl.models.common.lora import adapters_off
+from megarl.models.common.lora import HF_A, adapters_off, served
 from megarl.parallel import groups, mcore_cpu
 from megarl.parallel.context import collect, sum_over
 from megarl.parallel.pipeline import forward_backward
@@ -286,20 +286,44 @@ class PolicyWorker:
 
     # ---- weights and checkpoints ------------------------------------------------------------------------------------
 
-    def send_weights(self, engines: list[ActorHandle], version: int, final: bool) -> dict[str, str]:
-        """Push this stage's weights to ``engines``: see ``WeightSender.send``."""
+    def send_weights(
+        self, engines: list[ActorHandle], version: int, final: bool, *, merged: bool = True
+    ) -> dict[str, str]:
+        """Push this stage's weights to ``engines``, with their adapters if ``merged``: see ``WeightSender.send``."""
         self.offload.restore("parameters")
-        buckets = export_tensors(
-            self.model,
-            self.mappings,
-            bucket_bytes=self.config.weight_sync.bucket_bytes,
-            dtype=getattr(torch, self.config.rollout.dtype or self.config.model.dtype),
-        )
-        return self.sender.send(buckets, engines, version, final)
+        with nullcontext() if merged else adapters_off(self.model):
+            buckets = export_tensors(
+                self.model, self.mappings, bucket_bytes=self.config.weight_sync.bucket_bytes, dtype=self._engine_dtype
+            )
+            return self.sender.send(buckets, engines, version, final)
 
-    def write_hf(self, directory: str) -> dict[str, str]:
-        """Write the policy as a Hugging Face directory; every rank calls it, rank 0 writes and has the checksums."""
+    def send_adapters(self, engines: list[ActorHandle], version: int) -> dict[str, str]:
+        """Push the policy's adapters to ``engines``; every rank calls it, rank 0 sends and has the checksums."""
         self.offload.restore("parameters")
+        tensors = list(export_to_rank_zero(self.model, served(self.adapters), dtype=self._engine_dtype))
+        if self.rank != 0:
+            return {}
+        return self.sender.send_adapters(tensors, engines, version)
+
+    def adapter_modules(self) -> list[str]:
+        """The names of layers that have adapters, as an engine calls them before it knows any."""
+        names = {name.removesuffix(HF_A) for m in served(self.adapters) for name in m.hf if name.endswith(HF_A)}
+        return sorted({name.rpartition(".")[2] for name in names})
+
+    @property
+    def _engine_dtype(self) -> torch.dtype:
+        return getattr(torch, self.config.rollout.dtype or self.config.model.dtype)
+
+    def write_hf(self, directory: str, *, merged: bool = True) -> dict[str, str]:
+        """Write the policy, with its adapters if ``merged``, as a Hugging Face directory.
+
+        Every rank calls it; rank 0 writes and has the checksums.
+        """
+        self.offload.restore("parameters")
+        with nullcontext() if merged else adapters_off(self.model):
+            return self._write_hf(directory)
+
+    def _write_hf(self, directory: str) -> dict[str, str]:
         tensors = export_to_rank_zero(self.model, self.mappings, bucket_bytes=self.config.weight_sync.bucket_bytes)
         sent: dict[str, str] = {}
 

@@ -54,6 +54,27 @@ class WeightSender:
             raise failure
         return sent
 
+    def send_adapters(self, adapters: Bucket, engines: list[ActorHandle], version: int) -> dict[str, str]:
+        """Give ``engines`` the policy's adapters in the place of their last; the checksums.
+
+        They are small: Ray carries them, and each engine shares them with its ranks.
+        """
+        lora = self.config.model.lora
+        modules = sorted({name.rsplit(".", 3)[1] for name, _ in adapters})
+        # SGLang scales by alpha / rank whatever the configuration says
+        description = {
+            "peft_type": "LORA",
+            "r": lora.rank,
+            "lora_alpha": lora.scale * lora.rank,
+            "target_modules": modules,
+        }
+        tensors = ray.put([(name, tensor.contiguous().cpu()) for name, tensor in adapters])
+        ray.get(
+            [engine.load_adapter.remote(tensors, description, version) for engine in engines],
+            timeout=self.config.rollout.timeout_s,
+        )
+        return {name: tensor_checksum(tensor) for name, tensor in adapters}
+
     def _share(self, bucket: Bucket, engines: list[ActorHandle], version: int, flush: bool) -> None:
         """By shared memory or CUDA IPC."""
         size = self.config.rollout.tensor_parallel_size

@@ -14,7 +14,7 @@ import difflib
 import hashlib
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 from weakref import WeakSet
 
@@ -57,6 +57,17 @@ class StackedA(Mapping):
 
     def to_hf(self, tensor: Tensor) -> HFTensors:
         return dict(zip(self.hf, tensor.chunk(len(self.hf)), strict=True))
+
+
+@dataclass(frozen=True, kw_only=True)
+class FilledA(StackedA):
+    """The same, with zeros for the matrix's other projections."""
+
+    others: tuple[str, ...]
+
+    def to_hf(self, tensor: Tensor) -> HFTensors:
+        parts = super().to_hf(tensor)
+        return parts | {name: torch.zeros_like(parts[self.hf[0]]) for name in self.others}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -239,6 +250,20 @@ def attach(
     for block in model.modules():
         if isinstance(block, TransformerBlock) and block.config.recompute_granularity is not None:
             block.register_forward_pre_hook(_require_grad, with_kwargs=True)
+    return table
+
+
+def served(adapters: list[Mapping]) -> list[Mapping]:
+    """``adapters`` for an engine that wants those of a matrix for all of its projections or none: with zeros."""
+    names = {m.megatron.removesuffix(B): projections(m.layer) for m in adapters if isinstance(m, StackedB)}
+    table: list[Mapping] = []
+    for mapping in adapters:
+        every = names[mapping.megatron.removesuffix(A).removesuffix(B)]
+        if isinstance(mapping, StackedB):
+            table.append(replace(mapping, hf=tuple(name + HF_B for name in every)))
+        else:
+            others = tuple(name + HF_A for name in every if name + HF_A not in mapping.hf)
+            table.append(FilledA(megatron=mapping.megatron, hf=mapping.hf, shard_dim=mapping.shard_dim, others=others))
     return table
 
 
