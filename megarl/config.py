@@ -10,7 +10,6 @@ from __future__ import annotations
 import difflib
 import math
 import sys
-import typing
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -22,31 +21,11 @@ from yaml import YAMLError
 
 from megarl.aliases import VALUE_ALIASES, translate
 from megarl.registry import load_file
+from megarl.utils.checks import check_choice
+from megarl.utils.checks import check_not_negative as _check_not_negative
+from megarl.utils.checks import check_positive as _check_positive
 
 CP_COMM_TYPES = ("all_gather", "a2a", "p2p")
-
-
-def check_choice(key: str, value: str, choices: typing.Iterable[str]) -> None:
-    """Raise a ``ValueError`` that names the key and the nearest of ``choices`` unless ``value`` is one of them."""
-    choices = list(choices)
-    if value not in choices:
-        near = difflib.get_close_matches(str(value), choices, n=1)
-        hint = f"; did you mean {near[0]!r}?" if near else ""
-        raise ValueError(f"{key}={value!r} is not one of {', '.join(choices)}{hint}")
-
-
-def _check_positive(section: str, config: Any, *names: str) -> None:
-    for name in names:
-        if not 0 < getattr(config, name) < math.inf:
-            raise ValueError(f"{section}.{name}={getattr(config, name)} must be positive")
-
-
-def _check_not_negative(section: str, config: Any, *names: str) -> None:
-    for name in names:
-        if not 0 <= getattr(config, name) < math.inf:
-            raise ValueError(f"{section}.{name}={getattr(config, name)} must not be negative")
-
-
 PARTS = ["vision_tower", "projector", "decoder"]
 
 
@@ -102,6 +81,8 @@ class ModelConfig:
         if self.recompute == "selective" and not self.recompute_modules:
             raise ValueError("model.recompute=selective needs model.recompute_modules")
         _check_not_negative("model", self, "min_pixels", "max_pixels")
+        if self.lora.rank and self.transformer_impl != "local":
+            raise ValueError("model.lora needs model.transformer_impl=local: adapters do not fit fused layers")
         for part in self.freeze:
             check_choice("model.freeze", part, PARTS)
             if self.lora.rank and part in self.lora.parts:

@@ -82,6 +82,7 @@ def layer_spec(model: ModelConfig, config: TransformerConfig, *, causal: bool = 
             attention.q_layernorm = attention.k_layernorm = norm
     spec.submodules.self_attention.module = PackedSelfAttention
     if config.recompute_granularity == "selective" and "mlp" in config.recompute_modules:
+        assert spec.submodules.mlp.module is MLP
         spec.submodules.mlp.module = WholeMLP
     spec.submodules.self_attention.params = {"attn_mask_type": mask}
     return spec

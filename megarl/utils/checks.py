@@ -1,0 +1,31 @@
+"""What a value of the configuration must be; errors name the key."""
+
+from __future__ import annotations
+
+import difflib
+import math
+from collections.abc import Iterable
+from typing import Any
+
+
+def check_choice(key: str, value: str, choices: Iterable[str]) -> None:
+    """Raise a ``ValueError`` that names the key and the nearest of ``choices`` unless ``value`` is one of them."""
+    choices = list(choices)
+    if value not in choices:
+        near = difflib.get_close_matches(str(value), choices, n=1)
+        hint = f"; did you mean {near[0]!r}?" if near else ""
+        raise ValueError(f"{key}={value!r} is not one of {', '.join(choices)}{hint}")
+
+
+def check_positive(section: str, config: Any, *names: str) -> None:
+    """Raise a ``ValueError`` that names the key unless the attributes ``names`` of ``config`` are."""
+    for name in names:
+        if not 0 < getattr(config, name) < math.inf:
+            raise ValueError(f"{section}.{name}={getattr(config, name)} must be positive")
+
+
+def check_not_negative(section: str, config: Any, *names: str) -> None:
+    """Raise a ``ValueError`` that names the key if an attribute in ``names`` of ``config`` is negative."""
+    for name in names:
+        if not 0 <= getattr(config, name) < math.inf:
+            raise ValueError(f"{section}.{name}={getattr(config, name)} must not be negative")
