@@ -75,7 +75,13 @@ LLAVA = Family(
 
 TEXT = Family(
     name="text",
-    architectures=("LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM"),
+    architectures=(
+        "LlamaForCausalLM",
+        "MistralForCausalLM",
+        "Phi3ForCausalLM",
+        "Qwen2ForCausalLM",
+        "Qwen3ForCausalLM",
+    ),
     build=TextModel,
     mappings=text_mappings,
     validate=validate_language,

@@ -16,8 +16,7 @@ from safetensors.torch import load_file, save_file
 from megarl.checkpoint.huggingface import HFReader
 from megarl.checkpoint.manifest import read_manifest
 from megarl.utils.checksum import tensor_checksum
-from tests.models.llava import Llava, LlavaNext, LlavaOnevision
-from tests.models.text import CONFIGS, Text
+from tests.models.families import FAMILIES
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -121,7 +120,7 @@ def test_rounding_on_the_way_back_is_not_called_exact(tmp_path):
 def test_llavas_go_there_and_back(pool, tmp_path, name):
     from megarl.checkpoint.convert import hf_to_megatron, megatron_to_hf
 
-    case = next(case for case in (Llava(), LlavaNext(), LlavaOnevision()) if name in case.names)
+    case = next(case for case in FAMILIES.values() if name in case.names)
     case.model(name).save_pretrained(tmp_path / "hf")
     if case.config(name).tie_word_embeddings:  # a duplicate, as older versions of transformers wrote it
         tensors = load_file(tmp_path / "hf" / "model.safetensors")
@@ -139,11 +138,15 @@ def test_llavas_go_there_and_back(pool, tmp_path, name):
         assert pool.run(load_and_export, 4, *paths, (2, 2), "float32")[0] == checksums(tmp_path / "hf")
 
 
-@pytest.mark.parametrize("name", CONFIGS)
-def test_decoders_without_a_tower(tmp_path, name):
+@pytest.mark.parametrize(
+    ("family", "name"),
+    [*(("text", name) for name in FAMILIES["text"].names)]
+    + [(family, FAMILIES[family].names[0]) for family in ("qwen2_vl", "qwen3_vl")],
+)
+def test_files_of_half_precision(tmp_path, family, name):
     from megarl.checkpoint.convert import hf_to_megatron, megatron_to_hf
 
-    Text().model(name).half().save_pretrained(tmp_path / "hf", max_shard_size="20KB")
+    FAMILIES[family].model(name).half().save_pretrained(tmp_path / "hf", max_shard_size="20KB")
     assert len(list((tmp_path / "hf").glob("*.safetensors"))) > 2
     there = hf_to_megatron(tmp_path / "hf", tmp_path / "megatron")
     assert there["bit_exact"]
@@ -159,7 +162,7 @@ def test_decoders_without_a_tower(tmp_path, name):
 def test_buffers_that_the_configuration_determines_are_no_weights(tmp_path):
     from megarl.checkpoint.convert import hf_to_megatron, megatron_to_hf
 
-    Text().model("llama_gqa2_tied").save_pretrained(tmp_path / "hf")
+    FAMILIES["text"].model("llama_gqa2_tied").save_pretrained(tmp_path / "hf")
     tensors = load_file(tmp_path / "hf" / "model.safetensors")
     buffers = {f"model.layers.{i}.self_attn.rotary_emb.inv_freq": torch.ones(8) for i in range(2)}
     duplicate = {"lm_head.weight": tensors["model.embed_tokens.weight"].clone()}

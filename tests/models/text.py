@@ -25,6 +25,7 @@ CONFIGS: dict[str, tuple[str, dict[str, Any]]] = {
     "llama_gqa2_tied": ("LlamaConfig", {"num_key_value_heads": 2, "tie_word_embeddings": True}),
     "llama3_scaled": ("LlamaConfig", {"num_key_value_heads": 4, "rope_parameters": LLAMA3_SCALING}),
     "mistral_wide_heads": ("MistralConfig", {"num_key_value_heads": 2, "head_dim": 24, "sliding_window": None}),
+    "phi3_fused": ("Phi3Config", {"num_key_value_heads": 2, "pad_token_id": 0}),
     "qwen2_untied": ("Qwen2Config", {"num_key_value_heads": 2, "hidden_size": 96}),
     "qwen3_narrow_heads": ("Qwen3Config", {"num_key_value_heads": 2, "head_dim": 8, "tie_word_embeddings": True}),
 }

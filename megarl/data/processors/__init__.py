@@ -21,7 +21,7 @@ PROCESSORS: dict[str, type[Processor]] = {  # by model_type
     "llava": LlavaProcessor,
     "llava_next": LlavaNextProcessor,
     "llava_onevision": LlavaOnevisionProcessor,
-    **dict.fromkeys(("llama", "mistral", "qwen2", "qwen3"), TextProcessor),
+    **dict.fromkeys(("llama", "mistral", "phi3", "qwen2", "qwen3"), TextProcessor),
 }
 
 

@@ -1,1 +1,1 @@
-"""Llama, Mistral, Qwen2 and Qwen3: a decoder alone."""
+"""Llama, Mistral, Phi-3, Qwen2 and Qwen3: a decoder alone."""
