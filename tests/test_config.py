@@ -76,11 +76,20 @@ def test_an_unknown_key_is_named_with_the_nearest_known_one(typed, nearest):
         (["model.dtype=bfloat"], "model.dtype"),
         (["model.freeze=[vision]"], "model.freeze"),
         (["model.path=${nope}"], "model.path"),
+        (["model.recompute=some"], "model.recompute"),
+        (["model.recompute_modules=[attention]"], "model.recompute_modules"),
+        (["model.lora.rank=-1"], "model.lora.rank"),
+        (["model.lora.alpha=0"], "model.lora.alpha"),
+        (["model.lora.rank=8", "model.lora.parts=[vision]"], "model.lora.parts"),
+        (["model.lora.path=adapter"], "model.lora.path"),
+        (["trainer.offload=[weights]"], "trainer.offload"),
         (["parallel.tensor_model_parallel_size=0"], "parallel.tensor_model_parallel_size"),
         (["rollout.temperature=0"], "rollout.temperature"),
         (["rollout.top_p=5"], "rollout.top_p"),
         (["rollout.dtype=int8"], "rollout.dtype"),
         (["weight_sync.transport=nccl"], "weight_sync.transport"),
+        (["weight_sync.lora=adapter"], "weight_sync.lora"),
+        (["weight_sync.lora=adapter", "model.lora.rank=8", "model.lora.parts=[vision_tower]"], "weight_sync.lora"),
         (["observability.trackers=[tensorbord]"], "observability.trackers"),
         (["rewards.on_error=ignore"], "rewards.on_error"),
         (["checkpoint.keep=-1"], "checkpoint.keep"),
@@ -237,6 +246,16 @@ def test_sharing_prompts_is_refused_where_the_attention_cannot():
     for wrong in ("model.transformer_impl=transformer_engine", "model.attention_backend=varlen"):
         with pytest.raises(ValueError, match=r"trainer\.share_prompts=True needs sdpa or flex attention"):
             apply_overrides(RunConfig(), ["trainer.share_prompts=True", wrong])
+
+
+def test_adapters_are_refused_where_they_do_not_fit():
+    for wrong, words in (
+        ("model.freeze=[decoder]", "model.freeze and model.lora.parts both name decoder"),
+        ("model.transformer_impl=transformer_engine", "model.lora needs model.transformer_impl=local"),
+        ("model.lora.target_modules=[]", "must name something to adapt"),
+    ):
+        with pytest.raises(ValueError, match=words):
+            apply_overrides(RunConfig(), ["model.lora.rank=8", wrong])
 
 
 def test_braces_empty_a_dictionary():

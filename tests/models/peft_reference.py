@@ -13,7 +13,11 @@ from megarl.config import LoraConfig
 from megarl.models.family import family_of
 from tests.models.reference import Case, Reference, evaluate, trained
 
-ROOTS = {"vision_tower": r"visual\.blocks", "projector": r"visual\.merger", "decoder": "language_model"}
+ROOTS = {
+    "vision_tower": r"visual\.blocks",
+    "projector": r"visual\.(deepstack_)?merger(_list)?|multi_modal_projector",
+    "decoder": "language_model|layers",
+}
 
 
 @dataclass

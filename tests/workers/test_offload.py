@@ -50,12 +50,9 @@ def left(worker, parts):
     ("parts", "dtype", "distributed", "lora"),
     [
         (PARTS, "float32", True, LoraConfig()),
-        (PARTS, "bfloat16", True, LoraConfig()),
-        (PARTS, "bfloat16", False, LoraConfig()),
-        (PARTS, "float32", False, LoraConfig(rank=2)),
-        (["gradients"], "float32", True, LoraConfig()),
-        (["optimizer"], "bfloat16", True, LoraConfig()),
-        (["parameters"], "float32", True, LoraConfig(rank=2)),
+        (PARTS, "bfloat16", True, LoraConfig(rank=2)),
+        (["optimizer", "gradients"], "bfloat16", False, LoraConfig()),
+        (["parameters"], "float32", False, LoraConfig(rank=2)),
     ],
 )
 def test_steps_are_the_same_bits(model, pool, parts, dtype, distributed, lora):
