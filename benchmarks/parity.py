@@ -60,7 +60,7 @@ def measure(seed: int, families: list[str], layouts: list[str]) -> dict[str, Any
             raise SystemExit(f"--{name}: {', '.join(unknown)} not among {', '.join(choices)}")
     table: dict[str, Any] = {}
     pool = Pool()
-    print(f"{'':14s}{'':22s}{'logits':>10s}{'gradients':>11s}")
+    print(f"{'':16s}{'':22s}{'logits':>10s}{'gradients':>11s}")
     try:
         for family in families or FAMILIES:
             case = FAMILIES[family]
@@ -73,13 +73,13 @@ def measure(seed: int, families: list[str], layouts: list[str]) -> dict[str, Any
                         family_of(config).validate(config, known[layout][1])
                     except ValueError as error:
                         table[family]["layouts"][layout] = {"refused": str(error)}
-                        print(f"{family:14s}{layout:22s}   {error}")
+                        print(f"{family:16s}{layout:22s}   {error}")
                         continue
                     results = run(pool, ref, layout)
                     logits = max(logit_differences(results, ref, MICROBATCHES))
                     gradients = max(differences(joined(results, "gradients", ref.directory), ref.gradients).values())
                     table[family]["layouts"][layout] = {"logits": logits, "gradients": gradients}
-                    print(f"{family:14s}{layout:22s}{logits:10.1e}{gradients:11.1e}", flush=True)
+                    print(f"{family:16s}{layout:22s}{logits:10.1e}{gradients:11.1e}", flush=True)
     finally:
         pool.close()
     return table

@@ -97,6 +97,8 @@ class Llava(Case):
         config = self.config(draw.choice(list(self.configs)))
         heads = 4 * draw.choice([1, 2, 3])
         sizes = {"num_attention_heads": heads, "hidden_size": 8 * heads, "intermediate_size": 2 * draw.randint(12, 40)}
+        if "layer_types" in config.text_config.to_dict():
+            sizes["layer_types"] = ["full_attention"] * 4
         config.text_config.update({"num_hidden_layers": 4, "num_key_value_heads": 4, **sizes})
         config.vision_config.update({"num_attention_heads": 4, "hidden_size": draw.choice([16, 32])})
         return config
