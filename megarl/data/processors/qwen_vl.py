@@ -156,6 +156,11 @@ class QwenVLProcessor(Processor):
         return self._engine_inputs(media, ~media.is_video, "pixel_values", "image_grid_thw")
 
     def engine_videos(self, media: Media) -> list[dict[str, Any]]:
+        if self.tokens_per_second is not None and media.is_video.any():
+            raise ValueError(
+                f"videos cannot be rolled out with a model of type {self.config.model_type}: SGLang's tower attends "
+                "to a whole video where the model attends frame by frame"
+            )
         return self._engine_inputs(media, media.is_video, "pixel_values_videos", "video_grid_thw")
 
     def _engine_inputs(self, media: Media, chosen: np.ndarray, pixels: str, grids: str) -> list[dict[str, Any]]:
@@ -164,8 +169,6 @@ class QwenVLProcessor(Processor):
         part = media.select(np.flatnonzero(chosen).tolist())
         inputs = {"format": "processor_output", pixels: self.pixel_values(part)}
         inputs[grids] = torch.as_tensor(part.grids, dtype=torch.int64)
-        if media.is_video.any():  # SGLang looks for it beside the first medium
-            inputs["second_per_grid_ts"] = torch.as_tensor(media.seconds[media.is_video])
         return [inputs]
 
     def position_ids(self, tokens: np.ndarray, media: Media) -> np.ndarray:
