@@ -1,6 +1,7 @@
 # make demo: set up and run the main experiment.   make test: set up and run the tests.   Both start from bare Python 3.11.
 VENV ?= .venv
 SEED ?= 0
+MODEL ?= qwen_vl
 PYTHON := $(VENV)/bin/python
 export OMP_NUM_THREADS ?= 1
 
@@ -12,8 +13,8 @@ help: ## show this list
 setup: ## make $(VENV) from the pinned list, unless it is there
 	@requirements/setup_cpu.sh $(VENV)
 
-demo: setup ## GRPO on a small Qwen2.5-VL, two CPU cores; SEED=1 for another run
-	@$(PYTHON) examples/demo.py SEED=$(SEED)
+demo: setup ## GRPO on a small Qwen2.5-VL, two CPU cores; MODEL=llava for a LLaVA-1.5, SEED=1 for another run
+	@$(PYTHON) examples/demo.py SEED=$(SEED) MODEL=$(MODEL)
 
 test: setup ## the tests that need no GPU
 	@$(PYTHON) -m pytest -m "not gpu and not slow"
