@@ -11,8 +11,9 @@ from io import BytesIO
 from pathlib import Path
 from typing import Any
 
-from megarl.config import RunConfig, load_experiment
+from megarl.config import RunConfig
 from megarl.data.processors import Processor, load_processor
+from megarl.experiment import load_experiment
 from megarl.tasks.task import build_tasks
 from megarl.trainer.run import prompt_source
 from megarl.utils import torchvision_cpu

@@ -10,7 +10,8 @@ from pathlib import Path
 
 from megarl import __version__
 from megarl.algorithms.presets import PRESETS
-from megarl.config import RunConfig, apply_overrides, load_experiment, to_yaml
+from megarl.config import RunConfig
+from megarl.experiment import apply_overrides, load_experiment, to_yaml
 from megarl.utils.errors import RunFailure
 
 NAMED_ERRORS = (RunFailure, ValueError, FileNotFoundError, FileExistsError, NotADirectoryError)

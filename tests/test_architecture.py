@@ -14,6 +14,7 @@ ROOT = Path(__file__).resolve().parents[1] / "megarl"
 LAYERS = [
     ["types", "registry", "aliases", "utils"],
     ["config"],
+    ["experiment"],
     ["observability", "parallel"],
     ["kernels"],
     ["models", "algorithms", "data", "rewards"],
@@ -35,12 +36,13 @@ ALLOWED_IN = {
     "ray": {"workers", "rollout", "trainer", "launch"},
     "wandb": {"observability.tracker"},
     "matplotlib": {"observability"},
-    "omegaconf": {"config", "cli"},
+    "omegaconf": {"experiment", "cli"},
 }
 # Parts of megarl -> the packages of others that they must do without.
 FORBIDDEN_IN = {
     "algorithms": {"ray", "sglang", "megatron", "transformers"},
     "config": {"torch", "ray", "sglang", "megatron", "transformers", "PIL", "pandas", "pyarrow"},
+    "experiment": {"torch", "ray", "sglang", "megatron", "transformers", "PIL", "pandas", "pyarrow"},
     "types": {"torch", "ray", "sglang", "megatron", "transformers", "PIL", "pandas", "pyarrow"},
     "registry": {"torch", "ray", "sglang", "megatron", "transformers", "PIL", "pandas", "pyarrow"},
     "rewards": {"ray", "sglang", "megatron"},

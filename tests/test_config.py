@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 
 from megarl.aliases import ALIASES
-from megarl.config import RolloutConfig, RunConfig, TaskConfig, apply_overrides, load_experiment, to_yaml
+from megarl.config import RolloutConfig, RunConfig, TaskConfig
+from megarl.experiment import apply_overrides, load_experiment, to_yaml
 
 
 def override(*overrides: str) -> RunConfig:

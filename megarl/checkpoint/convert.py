@@ -27,7 +27,8 @@ from megarl.checkpoint.parity import MAX_LOGITS_PARAMETERS, compare_logits, comp
 from megarl.checkpoint.progress import counted, progress
 from megarl.checkpoint.staging import require_empty, staged
 from megarl.checkpoint.streaming import CheckpointReader, parameter_source
-from megarl.config import ModelConfig, ParallelConfig, RunConfig, apply_overrides, load_experiment
+from megarl.config import ModelConfig, ParallelConfig, RunConfig
+from megarl.experiment import apply_overrides, load_experiment
 from megarl.models.common.lora import attach
 from megarl.models.family import family_of
 from megarl.models.mapping import Mapping

@@ -54,7 +54,8 @@ from megarl.checkpoint.manifest import (
 )
 from megarl.checkpoint.optimizer_state import OPTIMIZER_FORMAT, padded_buckets
 from megarl.checkpoint.progress import progress
-from megarl.config import RunConfig, to_yaml
+from megarl.config import RunConfig
+from megarl.experiment import to_yaml
 from megarl.models.common.lora import CHILD, is_adapted
 
 __all__ = ["Handle", "complete", "latest", "load", "prune", "save", "save_to"]

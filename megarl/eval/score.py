@@ -13,10 +13,11 @@ import numpy as np
 from tqdm import tqdm
 
 from megarl.checkpoint.manifest import read_manifest
-from megarl.config import DataConfig, RunConfig, load_experiment
+from megarl.config import DataConfig, RunConfig
 from megarl.data.datasets import Row, read_rows
 from megarl.data.packing import Packing, assign_to_bins, pack_assigned
 from megarl.data.processors import Processor, load_processor
+from megarl.experiment import load_experiment
 from megarl.types import Sample
 from megarl.workers.group import WorkerGroup
 

@@ -23,9 +23,10 @@ import psutil
 from megarl.algorithms.checks import check_algorithm
 from megarl.checkpoint import megatron as checkpoints
 from megarl.checkpoint.huggingface import read_config
-from megarl.config import RunConfig, to_yaml
+from megarl.config import RunConfig
 from megarl.data.processors import Processor
 from megarl.data.source import PromptSource
+from megarl.experiment import to_yaml
 from megarl.models.family import family_of
 from megarl.observability.console import Console
 from megarl.observability.tracker import Tracker

@@ -10,7 +10,8 @@ import torch
 from megarl.algorithms.advantages import ADVANTAGES, compute_advantages, register_advantage
 from megarl.algorithms.checks import check_algorithm
 from megarl.algorithms.policy_losses import POLICY_LOSSES, policy_loss, register_policy_loss
-from megarl.config import AlgorithmConfig, RunConfig, apply_overrides
+from megarl.config import AlgorithmConfig, RunConfig
+from megarl.experiment import apply_overrides
 from tests.algorithms.test_advantages import trajectory
 from tests.algorithms.test_losses import actions_of
 

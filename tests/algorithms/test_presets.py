@@ -10,7 +10,8 @@ import torch
 from megarl.algorithms.checks import UNWIRED, check_algorithm
 from megarl.algorithms.presets import PRESETS, preset
 from megarl.cli import main
-from megarl.config import AlgorithmConfig, RolloutConfig, RunConfig, apply_overrides, load_experiment
+from megarl.config import AlgorithmConfig, RolloutConfig, RunConfig
+from megarl.experiment import apply_overrides, load_experiment
 from tests.algorithms import naive
 from tests.algorithms.steps import LONGEST, flat_loss, padded_of, trajectories_of
 

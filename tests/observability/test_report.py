@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from megarl.config import RunConfig, TaskConfig, to_yaml
+from megarl.config import RunConfig, TaskConfig
+from megarl.experiment import to_yaml
 from megarl.observability.charts import Series, line_chart, nice_ticks, smooth, stacked_bars
 from megarl.observability.numbers import format_number
 from megarl.observability.report import write_report
