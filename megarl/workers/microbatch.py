@@ -67,6 +67,7 @@ def to_device(
             index=torch.from_numpy(share.index),
             exchange=share.exchange,
             group=vision_group,
+            videos=torch.from_numpy(share.media.is_video),
         )
     here = local_positions(torch.from_numpy(batch.cu_seqlens), cp_size, cp_rank).numpy()
     rows = np.flatnonzero(batch.loss_weights[here])

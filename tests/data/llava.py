@@ -73,7 +73,8 @@ TEXT = {
 }
 TEMPLATE = (
     "{% for message in messages %}{{ message['role'].upper() }}: {% for part in message['content'] %}"
-    "{% if part['type'] == 'image' %}<image>\n{% else %}{{ part['text'] }} {% endif %}{% endfor %}{% endfor %}"
+    "{% if part['type'] == 'text' %}{{ part['text'] }} {% else %}<{{ part['type'] }}>\n{% endif %}"
+    "{% endfor %}{% endfor %}"
     "{% if add_generation_prompt %}ASSISTANT:{% endif %}"
 )
 
@@ -86,7 +87,7 @@ def llama_tokenizer() -> transformers.PreTrainedTokenizerFast:
     special = ["<unk>", "<s>", "</s>"]
     trainer = trainers.BpeTrainer(vocab_size=150, special_tokens=special, show_progress=False)
     bpe.train_from_iterator(["USER: What digits are in this image? ASSISTANT: 1,2,3\n system"], trainer)
-    bpe.add_special_tokens([AddedToken("<image>", special=True, normalized=False)])
+    bpe.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in ("<image>", "<video>")])
     bpe.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
     return transformers.PreTrainedTokenizerFast(
         tokenizer_object=bpe, bos_token="<s>", eos_token="</s>", unk_token="<unk>"
@@ -116,6 +117,8 @@ def write(
         "image_token_index": words.convert_tokens_to_ids("<image>"),
         "tie_word_embeddings": decoder == "qwen2",
     }
+    if architecture == "LlavaOnevision":
+        keys["video_token_index"] = words.convert_tokens_to_ids("<video>")
     made = getattr(transformers, f"{architecture}Config")(**keys | options | (config or {}))
     made.architectures = [f"{architecture}ForConditionalGeneration"]
     made.save_pretrained(path)
@@ -139,7 +142,9 @@ def hugging_face(path: Path) -> transformers.ProcessorMixin:
     if config.model_type == "llava_onevision":
         tokens = {"num_image_tokens": SIDE**2, "vision_aspect_ratio": config.vision_aspect_ratio}
     name = {"llava": "Llava", "llava_next": "LlavaNext", "llava_onevision": "LlavaOnevision"}[config.model_type]
-    parts = {"video_processor": transformers.LlavaOnevisionVideoProcessor()} if name == "LlavaOnevision" else {}
+    parts = {}
+    if name == "LlavaOnevision":
+        parts["video_processor"] = transformers.LlavaOnevisionVideoProcessor.from_pretrained(path)
     return getattr(transformers, f"{name}Processor")(
         image_processor=transformers.AutoImageProcessor.from_pretrained(path, backend="pil"),
         tokenizer=transformers.AutoTokenizer.from_pretrained(path),

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from io import BytesIO
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
+from transformers.video_utils import VideoMetadata
 
-from megarl.config import ModelConfig, RunConfig
+from megarl.config import DataConfig, ModelConfig, RunConfig
 from megarl.data.processors import load_processor
+from megarl.data.videos import pack_frames
 from megarl.types import Prompt
 from tests.data.llava import KINDS, PATCH, PINPOINTS, SIDE, hugging_face, write
 
@@ -26,14 +29,23 @@ def noise(height: int, width: int, seed: int = 0) -> Image.Image:
     return Image.fromarray(np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8))
 
 
-def ask(*pictures: Image.Image, text: str = "What digits are in this image?") -> Prompt:
-    data = []
-    for picture in pictures:
-        file = BytesIO()
-        picture.save(file, "PNG")
-        data.append(file.getvalue())
-    content = [{"type": "image"} for _ in data] + [{"type": "text", "text": text}]
-    return Prompt(id="digits/train/7", task="digits", messages=[{"role": "user", "content": content}], images=data)
+def png(picture: Image.Image) -> bytes:
+    file = BytesIO()
+    picture.save(file, "PNG")
+    return file.getvalue()
+
+
+def unfolded(tiles: torch.Tensor) -> torch.Tensor:
+    """The patches of [N, 3, TILE, TILE], one after the other."""
+    inside = tiles.float()[..., : SIDE * PATCH, : SIDE * PATCH]
+    return torch.nn.functional.unfold(inside, PATCH, stride=PATCH).transpose(1, 2).flatten(0, 1)
+
+
+def ask(*pictures: Image.Image, videos: Sequence[bytes] = (), text: str = "What digits are in this image?") -> Prompt:
+    data = [png(picture) for picture in pictures]
+    shown = [{"type": kind} for kind, media in (("video", videos), ("image", data)) for _ in media]
+    message = {"role": "user", "content": [*shown, {"type": "text", "text": text}]}
+    return Prompt(id="digits/train/7", task="digits", messages=[message], images=data, videos=[*videos])
 
 
 @pytest.mark.parametrize("sizes", [[size] for size in SIZES] + [[(28, 112), (57, 55), (9, 14)], []], ids=str)
@@ -53,11 +65,10 @@ def test_ids_and_pixels_equal_transformers(directories, kind, sizes):
     assert pixels.shape == (encoded.media.num_patches, 3 * PATCH**2)
     if not sizes:
         return
-    tiles = expected["pixel_values"].float()
+    tiles = expected["pixel_values"]
     if tiles.dim() == 5:
         tiles = torch.cat([t[:n] for t, n in zip(tiles, encoded.media.grids[:, 0].tolist(), strict=True)])
-    unfold = torch.nn.functional.unfold(tiles[..., : SIDE * PATCH, : SIDE * PATCH], PATCH, stride=PATCH)
-    assert torch.equal(pixels, unfold.transpose(1, 2).flatten(0, 1))
+    assert torch.equal(pixels, unfolded(tiles))
 
 
 def test_an_image_is_cut_when_it_is_alone(directories):
@@ -69,6 +80,76 @@ def test_an_image_is_cut_when_it_is_alone(directories):
     assert len(processor.pixel_values(alone.media)) == 5 * SIDE**2
     assert len(processor.pixel_values(beside.media)) == 2 * SIDE**2
     assert len(processor.pixel_values(alone.media)) == 5 * SIDE**2  # not what the cache knows of the same image
+
+
+def clip_of(count: int, height: int, width: int, fps: float) -> tuple[np.ndarray, bytes]:
+    """Frames of noise, and the video of them."""
+    pictures = [noise(height, width, seed) for seed in range(count)]
+    return np.stack(pictures), pack_frames([png(picture) for picture in pictures], fps)
+
+
+@pytest.mark.parametrize(
+    ("lengths", "num_images"), [([5], 0), ([23], 0), ([14, 14], 0), ([5], 1), ([14, 14], 2)], ids=str
+)
+def test_videos_equal_transformers(directories, lengths, num_images):
+    """As many frames of each, for transformers counts the tokens of the first."""
+    fps = 2.5
+    processor, reference = load_processor(directories["onevision"]), hugging_face(directories["onevision"])
+    clips = [clip_of(count, 30 + 20 * i, 41, fps) for i, count in enumerate(lengths)]
+    pictures = [noise(40, 60 - i) for i in range(num_images)]
+    prompt = ask(*pictures, videos=[data for _, data in clips])
+    text = reference.apply_chat_template(prompt.messages, tokenize=False, add_generation_prompt=True)
+    expected = reference(
+        text=[text],
+        images=[pictures] if pictures else None,
+        videos=[frames for frames, _ in clips],
+        video_metadata=[VideoMetadata(count, fps=fps) for count in lengths],
+        do_sample_frames=True,
+        fps=processor.data.video_fps,
+        return_tensors="pt",
+    )
+    encoded = processor.encode(prompt)
+    assert encoded.tokens.tolist() == expected["input_ids"][0].tolist()
+    seen = [int(count / fps * 2) for count in lengths]
+    tiles = [5] if num_images == 1 else [1] * num_images
+    assert encoded.media.grids.tolist() == [[number, SIDE, SIDE] for number in [*seen, *tiles]]
+    assert encoded.media.is_video.tolist() == [True] * len(lengths) + [False] * num_images
+    patches = processor.pixel_values(encoded.media).split([sum(seen) * SIDE**2, sum(tiles) * SIDE**2])
+    assert torch.equal(patches[0], unfolded(expected["pixel_values_videos"].flatten(0, 1)))
+    if pictures:
+        assert torch.equal(patches[1], unfolded(expected["pixel_values"].flatten(0, 1)))
+    (inputs,) = processor.engine_inputs(encoded.media)
+    assert inputs["videos"] == encoded.media.is_video.tolist()
+    assert sum(inputs["num_tokens"]) == np.isin(encoded.tokens, processor.media_token_ids).sum()
+
+
+@pytest.mark.parametrize(
+    ("limits", "indices"),
+    [
+        ({}, [0, 15, 30, 45]),
+        ({"video_fps": 5.0}, list(range(0, 60, 6))),
+        ({"max_video_frames": 3}, [0, 20, 40]),
+        ({"video_fps": 0.1}, [0]),
+        ({"video_fps": 100.0}, list(range(60))),
+    ],
+)
+def test_a_long_video_is_sampled(directories, limits, indices):
+    frames, data = clip_of(60, 9, 9, fps=30.0)
+    processor = load_processor(directories["onevision"], RunConfig(data=DataConfig(**limits)))
+    media = processor.encode(ask(videos=[data])).media
+    assert media.grids.tolist() == [[len(indices), SIDE, SIDE]]
+    assert media.seconds[0] * len(indices) == 2.0
+    assert processor.num_tokens(media).tolist() == [9 * len(indices) + 1]
+    alone = processor.encode(ask(*(Image.fromarray(frames[i]) for i in indices))).media
+    if len(indices) > 1:  # images that are not alone are one tile each, as frames are
+        assert (processor.pixel_values(media) - processor.pixel_values(alone)).abs().max() < 0.05  # other resizes
+
+
+@pytest.mark.parametrize("kind", ["clip", "next"])
+def test_models_without_videos_say_so(directories, kind):
+    prompt = ask(videos=[clip_of(2, 9, 9, fps=1.0)[1]])
+    with pytest.raises(ValueError, match=r"digits/train/7: video 0: a model of type llava.* takes no videos"):
+        load_processor(directories[kind]).encode(prompt)
 
 
 @pytest.mark.parametrize("kind", ["clip", "onevision"])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from dataclasses import replace
 from typing import Any, ClassVar
 
 import torch
@@ -107,13 +108,19 @@ class Llava(Case):
         generator = torch.Generator().manual_seed(seed)
         samples = []
         for sizes in self.shown:
-            tiles = [self.num_tiles(model.config, size, len(sizes)) for size in sizes]
+            videos = [len(size) == 3 for size in sizes]
+            tiles = [
+                size[0] if video else self.num_tiles(model.config, size, videos.count(False))
+                for size, video in zip(sizes, videos, strict=True)
+            ]
             pixels = torch.randn(sum(tiles) * SIDE**2, EDGE, generator=generator)
             grids = torch.tensor([[n, SIDE, SIDE] for n in tiles], dtype=torch.int64).view(-1, 3)
-            sample = Sample(torch.zeros(0), torch.zeros(1, 0), pixels, grids, torch.tensor(sizes).view(-1, 2))
+            pixel_sizes = torch.tensor([size[-2:] for size in sizes], dtype=torch.int64).view(-1, 2)
+            videos = torch.tensor(videos, dtype=torch.bool)
+            sample = Sample(torch.zeros(0), torch.zeros(1, 0), pixels, grids, pixel_sizes, videos)
             parts = [words(3 + len(samples), generator)]
-            for length in self.num_tokens(model, sample):
-                parts += [torch.full((length,), IMAGE), words(2, generator)]
+            for length, video in zip(self.num_tokens(model, sample), videos, strict=True):
+                parts += [torch.full((length,), VIDEO if video else IMAGE), words(2, generator)]
             sample.tokens = torch.cat([*parts, words(6, generator)])
             sample.position_ids = torch.arange(len(sample.tokens))[None]
             samples.append(sample)
@@ -177,14 +184,53 @@ class LlavaOnevision(LlavaNext):
             {"vision_aspect_ratio": "anyres_max_2", "video_token_index": VIDEO},
         ),
     }
-    shown = ([], [(5, 9)], [(14, 14)], [(20, 7), (3, 50)], [], [(9, 9), (30, 31), (14, 28)], [(40, 31)])
+    shown = (
+        [],
+        [(5, 9)],
+        [(3, 14, 14)],
+        [(3, 20, 7), (3, 3, 50)],
+        [],
+        [(9, 9), (30, 31), (14, 28)],
+        [(3, 9, 7), (40, 31)],
+    )
 
     def num_tiles(self, config: transformers.PretrainedConfig, size: tuple[int, int], num_images: int) -> int:
         return 1 if num_images > 1 else super().num_tiles(config, size, num_images)
 
     def inputs(self, samples: list[Sample], tokens: Tensor) -> dict[str, Any]:
-        counts = [len(s.grids) for s in samples if len(s.grids)]
-        return super().inputs(samples, tokens) | {"batch_num_images": torch.tensor(counts)}
+        images = [chosen(sample, ~sample.videos) for sample in samples]
+        videos = [chosen(sample, sample.videos) for sample in samples]
+        inputs = {}
+        if any(len(sample.grids) for sample in images):
+            counts = [len(sample.grids) for sample in images if len(sample.grids)]
+            inputs = super().inputs(images, tokens) | {"batch_num_images": torch.tensor(counts)}
+        frames = images_of(torch.cat([sample.pixel_values for sample in videos]))
+        if len(frames):
+            num_videos = sum(len(sample.grids) for sample in videos)
+            inputs["pixel_values_videos"] = frames.unflatten(0, (num_videos, -1))  # of equally many frames
+        return inputs
+
+    @torch.no_grad()
+    def num_tokens(self, model: transformers.PreTrainedModel, sample: Sample) -> list[int]:
+        if not len(sample.grids):
+            return []
+        inputs = self.inputs([sample], torch.zeros(1, 1))
+        videos = inputs.pop("pixel_values_videos", None)
+        images = iter(model.model.get_image_features(**inputs).pooler_output if inputs else [])
+        of_a_video = 0 if videos is None else model.model.get_video_features(videos).pooler_output.shape[1] + 1
+        return [of_a_video if video else len(next(images)) for video in sample.videos]
+
+
+def chosen(sample: Sample, which: Tensor) -> Sample:
+    """``sample`` with the images, or videos, at ``which`` alone."""
+    pixels = sample.pixel_values.split(sample.grids.prod(1).tolist())
+    pixels = [part for part, taken in zip(pixels, which, strict=True) if taken]
+    return replace(
+        sample,
+        pixel_values=torch.cat(pixels) if pixels else sample.pixel_values[:0],
+        grids=sample.grids[which],
+        sizes=sample.sizes[which],
+    )
 
 
 def images_of(patches: Tensor) -> Tensor:

@@ -172,11 +172,12 @@ def pack(reference: Reference, indices: list[int], multiple: int = 1, sequence_m
 
     tokens, position_ids = joined([s.tokens for s in samples]), joined([s.position_ids for s in samples])
     pixels, grids, sizes = (torch.cat([getattr(s, n) for s in samples]) for n in ("pixel_values", "grids", "sizes"))
+    videos = torch.cat([torch.zeros(len(s.grids), dtype=torch.bool) if s.videos is None else s.videos for s in samples])
     return Batch(
         tokens=tokens[None],
         position_ids=position_ids[:, None],
         cu_seqlens=torch.cat([starts, starts[-1:] + rest] if rest else [starts]).int(),
-        vision=VisionInputs(pixels, grids, sizes, torch.arange(len(grids))) if len(grids) else None,
+        vision=VisionInputs(pixels, grids, sizes, torch.arange(len(grids)), videos=videos) if len(grids) else None,
         rows=rows,
         targets=tokens[rows + 1],
         weights=torch.cat([reference.weights[i] for i in indices]),

@@ -32,7 +32,8 @@ def in_turn(microbatches: list[Batch], model: VisionLanguageModel) -> list[Batch
         images = vision.pixel_values.split(vision.grids.prod(1).tolist())
         names = [image.numpy().tobytes() for image in images]
         pixels.update(zip(names, images, strict=True))
-        media = Media(names, vision.grids.numpy(), vision.sizes.numpy(), np.zeros(len(names)))
+        videos = np.zeros(len(names), bool) if vision.videos is None else vision.videos.numpy()
+        media = Media(names, vision.grids.numpy(), vision.sizes.numpy(), videos.astype(np.float32))
         return media.select(vision.index.tolist())
 
     def inputs(share: VisionShare) -> VisionInputs:
@@ -40,7 +41,8 @@ def in_turn(microbatches: list[Batch], model: VisionLanguageModel) -> list[Batch
         values = torch.cat([pixels[name] for name in media.images] or [next(iter(pixels.values()))[:0]])
         tensors = (torch.from_numpy(array) for array in (media.grids, media.sizes, share.index))
         group = parallel_state.get_data_parallel_group(with_context_parallel=True)
-        return VisionInputs(values, *tensors, exchange=share.exchange, group=group)
+        videos = torch.from_numpy(media.is_video)
+        return VisionInputs(values, *tensors, exchange=share.exchange, group=group, videos=videos)
 
     @torch.no_grad()
     def num_tokens(media: Media) -> np.ndarray:

@@ -9,7 +9,9 @@ import ray
 import torch
 
 from megarl.config import ModelConfig, RolloutConfig, RunConfig
+from megarl.data.images import decode_image
 from megarl.data.processors import load_processor
+from megarl.data.videos import decode_frames, read_header
 from megarl.types import Media
 from megarl.utils.checksum import tensor_checksum
 from tests.data.llava import KINDS, hugging_face, write
@@ -28,16 +30,16 @@ SERVED = [  # kind and decoder
 
 class HuggingFaceLlava(HuggingFace):
     def images(self, media: Media) -> dict[str, torch.Tensor]:
-        pictures = [image_of(data) for data in media.images]
-        shown = [pictures] if "onevision" in self.model.config.model_type else pictures
-        made = hugging_face(self.processor.hf_dir).image_processor(images=shown, return_tensors="pt")
+        made, reference = {}, hugging_face(self.processor.hf_dir)
+        pictures = [decode_image(m, 10**6) for m, video in zip(media.images, media.is_video, strict=True) if not video]
+        if pictures:
+            shown = [pictures] if "onevision" in self.model.config.model_type else pictures
+            made |= reference.image_processor(images=shown, return_tensors="pt")
+        for data in media.select(np.flatnonzero(media.is_video).tolist()).images:  # one at most
+            limits = self.processor.limits
+            frames = decode_frames(data, range(read_header(data, limits).num_frames), limits)
+            made |= reference.video_processor([np.stack([np.asarray(frame) for frame in frames])], return_tensors="pt")
         return {name: torch.as_tensor(value) for name, value in made.items()}
-
-
-def image_of(data: bytes):
-    from megarl.data.images import decode_image
-
-    return decode_image(data, 10**6)
 
 
 def published(path) -> dict[str, torch.Tensor]:
@@ -63,10 +65,12 @@ def served(request, cluster, tmp_path_factory):
     manager.shutdown()
 
 
-@pytest.mark.parametrize("num_images", [0, 1, 3])
-def test_logprobs_equal_transformers(served, num_images):
+@pytest.mark.parametrize(("num_images", "num_videos"), [(0, 0), (1, 0), (3, 0), (1, 1)])
+def test_logprobs_equal_transformers(served, num_images, num_videos):
     engine, paths, processor = served
-    encoded = prompt(processor, num_images)
+    if num_videos and len(processor.media_token_ids) == 1:
+        pytest.skip("a model that takes no videos")
+    encoded = prompt(processor, num_images, num_videos=num_videos)
     assert (encoded.tokens == processor.image_token_id).sum() >= 25 * num_images
     assert_parity(engine, HuggingFaceLlava(paths[0], processor), encoded, version=0)
     tokens = np.concatenate([encoded.tokens, np.arange(20, 30, dtype=np.int32)])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -10,9 +11,12 @@ import numpy as np
 import torch
 from PIL import Image
 from transformers import AutoImageProcessor, PretrainedConfig
+from transformers.models.llava_onevision.video_processing_llava_onevision import LlavaOnevisionVideoProcessor
+from transformers.video_processing_utils import BaseVideoProcessor
 
 from megarl.data.images import decode_image
 from megarl.data.processors.base import Processor
+from megarl.data.videos import Header, decode_frames, read_header
 from megarl.data.vision_cost import TowerCost
 from megarl.types import Media
 from megarl.utils.anyres import best_resolution, max_tiles, num_features
@@ -100,7 +104,14 @@ class LlavaProcessor(Processor):
         return self.tower_cost(media.grids)
 
     def patches(self, data: bytes, grid: np.ndarray) -> torch.Tensor:
-        tiles = self._tiles(decode_image(data, self.limits.image_pixels), tiled=bool(grid[0] > 1))
+        return self._patches(self._tiles(decode_image(data, self.limits.image_pixels), tiled=bool(grid[0] > 1)))
+
+    def _patches(self, tiles: torch.Tensor) -> torch.Tensor:
+        """[tiles, channels, image_size, image_size] -> [p, E]."""
+        if tiles.shape[-2:] != (self.image_size, self.image_size):
+            raise ValueError(
+                f"{tiles.shape[-2]} x {tiles.shape[-1]} pixels for vision_config.image_size={self.image_size}"
+            )
         edge = self.side * self.patch_size  # what is beyond it no patch covers
         cut = tiles[:, :, :edge, :edge].unflatten(3, (self.side, -1)).unflatten(2, (self.side, -1))
         return cut.permute(0, 2, 4, 1, 3, 5).reshape(-1, self.patch_dim)
@@ -110,7 +121,7 @@ class LlavaProcessor(Processor):
         return torch.from_numpy(self.image_processor(images=[image], return_tensors="np")["pixel_values"]).float()
 
     def engine_inputs(self, media: Media) -> list[dict[str, Any]]:
-        """The patches, and how they are tiles, images and tokens: see ``rollout.external_processors``."""
+        """The patches, and how they are tiles, images or videos, and tokens: see ``rollout.external_processors``."""
         return [
             {
                 "format": "processor_output",
@@ -118,6 +129,7 @@ class LlavaProcessor(Processor):
                 "grids": torch.as_tensor(media.grids, dtype=torch.int64),
                 "sizes": torch.as_tensor(media.sizes, dtype=torch.int64),
                 "num_tokens": self.num_tokens(media).tolist(),
+                "videos": media.is_video.tolist(),
             }
         ]
 
@@ -160,11 +172,20 @@ class LlavaNextProcessor(LlavaProcessor):
 
 
 class LlavaOnevisionProcessor(LlavaNextProcessor):
-    """As many tiles, but a bound on their tokens; an image that is not alone in its prompt is one tile."""
+    """As many tiles, but a bound on their tokens; an image that is not alone in its prompt is one tile.
+
+    A frame of a video is one tile, of which a quarter of the tokens is shown.
+    """
 
     def __init__(self, hf_dir: str | Path, config: PretrainedConfig, **options: Any) -> None:
         super().__init__(hf_dir, config, **options)
         self.max_tiles = max_tiles(config.vision_aspect_ratio)
+        self.video_token_id: int = config.video_token_id
+        self.media_token_ids = [self.image_token_id, self.video_token_id]
+
+    @cached_property
+    def video_processor(self) -> BaseVideoProcessor:
+        return LlavaOnevisionVideoProcessor.from_pretrained(self.hf_dir)
 
     def grid(self, height: int, width: int, *, num_images: int) -> tuple[int, int, int]:
         if num_images > 1:
@@ -177,3 +198,34 @@ class LlavaOnevisionProcessor(LlavaNextProcessor):
         # images of one sample come as a list, and are not cut when there are several
         made = self.image_processor(images=[[image, _BLANK]], return_tensors="np")["pixel_values"]
         return torch.from_numpy(made[0]).float()
+
+    def frame_indices(self, header: Header) -> list[int]:
+        """The frames of a video that the model sees: ``data.video_fps`` a second, at even distances.
+
+        Hugging Face's choice for as many frames, without the one that its rounding may put behind the end.
+        """
+        wanted = int(header.num_frames / header.fps * self.data.video_fps)
+        count = max(1, min(wanted, self.data.max_video_frames, header.num_frames))
+        return [number * header.num_frames // count for number in range(count)]
+
+    def video_grid(self, header: Header) -> tuple[tuple[int, int, int], float]:
+        count = len(self.frame_indices(header))
+        return (count, self.side, self.side), header.num_frames / header.fps / count
+
+    def video_patches(self, data: bytes) -> torch.Tensor:
+        indices = self.frame_indices(read_header(data, self.limits))
+        frames = []
+        for frame in decode_frames(data, indices, self.limits):  # one at a time: they are smaller when they are resized
+            pixels = torch.from_numpy(np.asarray(frame).copy()).permute(2, 0, 1)[None]
+            made = self.video_processor(
+                [pixels], do_sample_frames=False, input_data_format="channels_first", return_tensors="pt"
+            )
+            frames.append(made["pixel_values_videos"][0].float())
+        return self._patches(torch.cat(frames))
+
+    def placeholders(self, media: Media) -> tuple[np.ndarray, np.ndarray]:
+        return np.where(media.is_video, self.video_token_id, self.image_token_id), self.num_tokens(media)
+
+    def num_tokens(self, media: Media) -> np.ndarray:
+        half = -(-self.side // 2)
+        return np.where(media.is_video, media.grids[:, 0] * half**2 + 1, super().num_tokens(media))

@@ -35,6 +35,7 @@ class VisionInputs:
     index: Tensor  # [J] int64, the image that each of the J places shows, of R with an exchange and else of I
     exchange: Exchange | None = None
     group: dist.ProcessGroup | None = None
+    videos: Tensor | None = None  # [I] bool, which of them are videos, for models that cannot tell; None: none is
 
     def arrivals(self, encoded: list[Tensor]) -> Sequence[Tensor]:
         """The images that may be shown, from those encoded here: [n, W] each. Every rank of ``group`` calls it.
@@ -53,7 +54,7 @@ class VisionInputs:
 
     def to(self, device: torch.device) -> VisionInputs:
         """The same on ``device``."""
-        tensors = ("pixel_values", "grids", "sizes", "index")
+        tensors = ["pixel_values", "grids", "sizes", "index"] + (["videos"] if self.videos is not None else [])
         return replace(self, **{name: getattr(self, name).to(device) for name in tensors})
 
 

@@ -27,6 +27,11 @@ class LlavaModel(VisionLanguageModel):
 
     newline = False  # whether a token ends the rows of tiled images
 
+    @staticmethod
+    def media_tokens(hf: PretrainedConfig) -> tuple[int, ...]:
+        """Ids whose places images, or videos, take."""
+        return (hf.image_token_id,)
+
     def __init__(
         self,
         hf: PretrainedConfig,
@@ -42,7 +47,7 @@ class LlavaModel(VisionLanguageModel):
             hf,
             model,
             parallel,
-            media_token_ids=(hf.image_token_id,),
+            media_token_ids=self.media_tokens(hf),
             pre_process=pre_process,
             post_process=post_process,
             vp_stage=vp_stage,
@@ -60,12 +65,20 @@ class LlavaModel(VisionLanguageModel):
 
     def encode(self, vision: VisionInputs) -> list[Tensor]:
         tiles = self.vision_projection(self.vision_model(vision.pixel_values))
-        images = tiles.split(vision.grids[:, 0].tolist())
-        return [self.arrange(image, tuple(size)) for image, size in zip(images, vision.sizes.tolist(), strict=True)]
+        images = zip(tiles.split(vision.grids[:, 0].tolist()), vision.sizes.tolist(), strict=True)
+        videos = [False] * len(vision.grids) if vision.videos is None else vision.videos.tolist()
+        return [
+            self.pool(tiles) if video else self.arrange(tiles, tuple(size))
+            for (tiles, size), video in zip(images, videos, strict=True)
+        ]
 
     def arrange(self, tiles: Tensor, size: Size) -> Tensor:
         """An image of ``size`` pixels as a row of tokens, from its tiles [N, n, H]."""
         return tiles.flatten(0, 1)
+
+    def pool(self, frames: Tensor) -> Tensor:
+        """A video as a row of tokens, from its frames [N, n, H]."""
+        raise ValueError(f"{type(self).__name__} takes no videos")
 
     def blank(self) -> VisionInputs:
         weight = self.vision_model.patch_embed.weight
@@ -106,7 +119,14 @@ class LlavaNextModel(LlavaModel):
 
 
 class LlavaOnevisionModel(LlavaNextModel):
-    """LLaVA-OneVision: LLaVA-NeXT with a bound on the tokens of an image; one of several images is one tile."""
+    """LLaVA-OneVision: LLaVA-NeXT with a bound on the tokens of an image; one of several images is one tile.
+
+    A video's frames are one tile each, of a quarter of the tokens.
+    """
+
+    @staticmethod
+    def media_tokens(hf: PretrainedConfig) -> tuple[int, ...]:
+        return hf.image_token_id, hf.video_token_id
 
     def build_vision(self, hf: PretrainedConfig, model: ModelConfig, parallel: ParallelConfig) -> None:
         super().build_vision(hf, model, parallel)
@@ -118,6 +138,12 @@ class LlavaOnevisionModel(LlavaNextModel):
         if size == whole:
             return grid
         return F.interpolate(grid.permute(2, 0, 1)[None], size, mode="bilinear")[0].permute(1, 2, 0)
+
+    def pool(self, frames: Tensor) -> Tensor:
+        grids = frames.transpose(1, 2).unflatten(2, (self.side, self.side))  # [N, H, side, side]
+        half = -(-self.side // 2)
+        pooled = F.interpolate(grids, (half, half), mode="bilinear").flatten(2).transpose(1, 2)
+        return torch.cat([pooled.flatten(0, 1), self.vision_projection.newline[None]])
 
 
 MODELS = {"llava": LlavaModel, "llava_next": LlavaNextModel, "llava_onevision": LlavaOnevisionModel}  # by model_type

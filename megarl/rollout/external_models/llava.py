@@ -39,6 +39,9 @@ LONG_TOWERS = ("clip_vision_model", "siglip_vision_model")  # ``vision_tower.vis
 def vision_half(config: PretrainedConfig) -> PreTrainedModel:
     """Transformers' LLaVA without a decoder."""
     config = copy.deepcopy(config)
+    for key, value in vars(config.vision_config).copy().items():
+        if key.startswith("original_"):  # SGLang on CPU rounds SigLIP's sizes up for its own layers (update_config.py)
+            setattr(config.vision_config, key.removeprefix("original_"), value)
     config.text_config.num_hidden_layers, config.text_config.vocab_size = 0, 1
     config.text_config.pad_token_id = None
     model = AutoModel.from_config(config, dtype=torch.get_default_dtype())
@@ -78,11 +81,21 @@ class LlavaForConditionalGeneration(nn.Module):
         return self.language_model.get_input_embeddings()
 
     def get_image_feature(self, items: list[MultimodalDataItem]) -> Tensor:
-        """[n, H]: the tokens of all images, one a item (external_processors.llava); called by SGLang."""
+        """[n, H]: the tokens of all images and videos, one an item (external_processors.llava); called by SGLang."""
         device = self.multi_modal_projector.linear_1.weight.device
-        images = [self.tiles(item.feature.to(device)) for item in items]
+        media = [self.tiles(item.feature.to(device)) for item in items]
         sizes = torch.tensor([item.size for item in items])
-        return torch.cat(self.encode(images, sizes))
+        videos = [i for i, item in enumerate(items) if item.video]
+        images = [i for i in range(len(items)) if i not in videos]
+        tokens = {i: self.encode_video(media[i]) for i in videos}
+        if images:
+            encoded = self.encode([media[i] for i in images], sizes[images])
+            tokens |= dict(zip(images, encoded, strict=True))
+        return torch.cat([tokens[i] for i in range(len(items))])
+
+    def encode_video(self, frames: Tensor) -> Tensor:
+        """[n, H]: the tokens of a video of frames [N, channels, image_size, image_size]."""
+        raise NotImplementedError(f"{type(self).__name__} takes no videos")
 
     def tiles(self, patches: Tensor) -> Tensor:
         """[P, E] patches as a tower takes them: [N, channels, image_size, image_size], zeros where no patch is."""
@@ -154,6 +167,10 @@ class LlavaOnevisionForConditionalGeneration(LlavaNextForConditionalGeneration):
                 features = self.features([images[i] for i in chosen], sizes[chosen], batch_num_images=counts)
                 encoded |= dict(zip(chosen, features, strict=True))
         return [encoded[i] for i in range(len(images))]
+
+    def encode_video(self, frames: Tensor) -> Tensor:
+        features = self.vision.get_video_features(frames[None]).pooler_output[0]
+        return torch.cat([features, self.image_newline[None]])  # as transformers' forward does
 
 
 EntryClass = [LlavaForConditionalGeneration, LlavaNextForConditionalGeneration, LlavaOnevisionForConditionalGeneration]

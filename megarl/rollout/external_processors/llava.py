@@ -14,7 +14,8 @@ from megarl.rollout.external_models.llava import EntryClass
 
 
 class LlavaProcessor(BaseMultimodalProcessor):
-    """Takes expanded token ids and one dict with the patches, grids, sizes and numbers of tokens of all images."""
+    """Takes expanded token ids and one dict with the patches, grids, sizes and numbers of tokens of all images, and of
+    all videos."""
 
     models: ClassVar = EntryClass
 
@@ -25,17 +26,20 @@ class LlavaProcessor(BaseMultimodalProcessor):
         if isinstance(input_text, str) or len(image_data) != 1 or image_data[0].get("format") != "processor_output":
             raise ValueError("megarl's LLaVA takes token ids and one processor_output")
         images, token = image_data[0], self.hf_config.image_token_id
-        places = np.flatnonzero(np.asarray(input_text) == token)
+        media = [token, self.hf_config.video_token_id] if any(images["videos"]) else [token]
+        places = np.flatnonzero(np.isin(input_text, media))
         if len(places) != sum(images["num_tokens"]):
             raise ValueError(f"{len(places)} image tokens for images of {sum(images['num_tokens'])}")
         patches = images["pixel_values"].split(images["grids"].prod(1).tolist())
         items, first = [], 0
-        for pixels, size, count in zip(patches, images["sizes"].tolist(), images["num_tokens"], strict=True):
+        told = zip(patches, images["sizes"].tolist(), images["videos"], images["num_tokens"], strict=True)
+        for pixels, size, video, count in told:
             start, last = int(places[first]), int(places[first + count - 1])
+            # SGLang need not know which of them are videos: the model does
             item = MultimodalDataItem(modality=Modality.IMAGE, feature=pixels, offsets=[(start, last)])
-            item.size = size
-            # the size too says how many tokens there are: black images of two sizes may have the same patches
-            item.set_hash(hash_feature([pixels, torch.tensor(size)]))
+            item.size, item.video = size, video
+            # these too say how many tokens there are: black images of two sizes may have the same patches
+            item.set_hash(hash_feature([pixels, torch.tensor([*size, video])]))
             items.append(item)
             first += count
         return MultimodalProcessorOutput(input_ids=list(input_text), mm_items=items, im_token_id=token)
