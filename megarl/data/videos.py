@@ -40,6 +40,8 @@ class Header:
     fps: float  # frames a second, on average
 
     def check(self, limits: Limits) -> Header:
+        if not 0 < self.fps < float("inf"):
+            raise ValueError(f"{self.fps} frames a second")
         pixels = self.height * self.width
         if pixels > limits.image_pixels:
             raise ValueError(

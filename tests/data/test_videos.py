@@ -105,6 +105,9 @@ def test_what_is_damaged_says_so():
         list(decode_frames(other, [0, 1], LIMITS))
     with pytest.raises(ValueError, match="a video without frames"):
         pack_frames([], 2.0)
+    for fps in (0.0, -1.0, float("nan"), float("inf")):
+        with pytest.raises(ValueError, match="frames a second"):
+            read_header(pack_frames([png(frames()[0])], fps), LIMITS)
 
 
 def test_archives_of_others_are_refused():
