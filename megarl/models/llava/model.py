@@ -65,11 +65,11 @@ class LlavaModel(VisionLanguageModel):
 
     def encode(self, vision: VisionInputs) -> list[Tensor]:
         tiles = self.vision_projection(self.vision_model(vision.pixel_values))
-        images = zip(tiles.split(vision.grids[:, 0].tolist()), vision.sizes.tolist(), strict=True)
-        videos = [False] * len(vision.grids) if vision.videos is None else vision.videos.tolist()
+        images = tiles.split(vision.grids[:, 0].tolist())
+        videos = [False] * len(images) if vision.videos is None else vision.videos.tolist()
         return [
-            self.pool(tiles) if video else self.arrange(tiles, tuple(size))
-            for (tiles, size), video in zip(images, videos, strict=True)
+            self.pool(image) if video else self.arrange(image, tuple(size))
+            for image, size, video in zip(images, vision.sizes.tolist(), videos, strict=True)
         ]
 
     def arrange(self, tiles: Tensor, size: Size) -> Tensor:
