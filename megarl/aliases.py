@@ -54,6 +54,8 @@ ALIASES: dict[str, str | tuple[str, ...]] = {
     "algorithm.kl_ctrl.target_kl": "algorithm.kl_target",
     "algorithm.kl_ctrl.horizon": "algorithm.kl_horizon",
     "algorithm.kl_penalty": "algorithm.kl_estimator",
+    "algorithm.filter_groups.metric": "algorithm.filter_key",
+    "algorithm.filter_groups.max_num_gen_batches": "algorithm.filter_max_rounds",
     "algorithm.rollout_correction.bypass_mode": "algorithm.bypass_old_logprobs",
     "trainer.nnodes": "trainer.num_nodes",
     "trainer.n_gpus_per_node": "trainer.ranks_per_node",

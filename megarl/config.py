@@ -270,6 +270,7 @@ class AlgorithmConfig:
     filter_key: str = ""  # train only on groups whose rewards of this name differ (DAPO: the accuracy); empty: on all
     filter_low: float = -math.inf  # and whose mean of it lies above
     filter_high: float = math.inf  # and below
+    filter_max_rounds: int = 0  # of generation to fill a step with such groups, then it is trained as it is; 0: no end
     filter_truncated: bool = False  # do not train on responses cut at rollout.max_new_tokens
     overlong_buffer: float = 0.0  # fraction of rollout.max_new_tokens at its end where length is punished; 0: none
     overlong_penalty: float = 1.0  # taken from the reward at the very end of that buffer, linearly less before
@@ -344,7 +345,7 @@ class AlgorithmConfig:
         _check_positive("algorithm", self, "sapo_tau_positive", "sapo_tau_negative", "kl_target", "kl_horizon")
         _check_not_negative("algorithm", self, "kl_coef", "clip_ratio_dual", "rollout_correction_low", "sft_coef")
         _check_not_negative("algorithm", self, "overlong_penalty", "reshape_weight", "reshape_exponent", "kl_cov_coef")
-        _check_not_negative("algorithm", self, "chord_mu_warmup_steps", "chord_mu_decay_steps")
+        _check_not_negative("algorithm", self, "chord_mu_warmup_steps", "chord_mu_decay_steps", "filter_max_rounds")
         for name in ("gamma", "lam", "overlong_buffer", "chord_mu_peak", "chord_mu_valley"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"algorithm.{name}={getattr(self, name)} must lie in [0, 1]")

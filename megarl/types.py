@@ -102,7 +102,7 @@ class Trajectory:
     group_id: int  # trajectories of one prompt share it
     loss_mask: np.ndarray  # [N] bool, True where the policy chose
     rollout_logprobs: np.ndarray  # [N] float32 as sampled, 0 where loss_mask is False
-    weight_version: int = 0  # oldest weights that took part
+    weight_versions: np.ndarray | None = None  # [N] int32, whose weights chose; -1 where loss_mask is False
     rewards: dict[str, float] = field(default_factory=dict)  # by name, before weighting
     reward: float = 0.0  # earned at the last action
     action_rewards: np.ndarray | None = None  # [N] float32 earned at single actions besides; None: nothing

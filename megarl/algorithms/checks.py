@@ -15,7 +15,6 @@ _NO_EXPERT = "an expert's actions (Trajectory.expert_mask)"
 # it deletes the row.
 UNWIRED: dict[tuple[str, object], str] = {
     ("advantage", "gae"): "a critic's values (Trajectory.values)",
-    ("advantage", "remax"): "the reward of a greedy response (Trajectory.greedy_reward)",
     ("advantage", "srft"): _NO_EXPERT,
     ("policy_loss", "luffy"): _NO_EXPERT,
     ("policy_loss", "srft"): _NO_EXPERT,
@@ -109,7 +108,7 @@ def _check_read(c: AlgorithmConfig) -> None:
                 f"{', '.join(readers)} read it"
             )
     for knobs, switch, off in (
-        (("filter_low", "filter_high"), "filter_key", ""),
+        (("filter_low", "filter_high", "filter_max_rounds"), "filter_key", ""),
         (("overlong_penalty",), "overlong_buffer", 0.0),
     ):
         for knob in knobs:

@@ -26,6 +26,36 @@ def informative_groups(trajectories: Sequence[Trajectory], config: AlgorithmConf
     return keep
 
 
+def drop_reasons(samples: Sequence[Sample], config: AlgorithmConfig) -> dict[int, str]:
+    """Why ``informative_groups`` keeps a group from training, by ``group_id``; groups that it keeps are not there.
+
+    Equal rewards: all_truncated (every response was cut), all_right (``algorithm.success_reward`` or more), all_wrong
+    (0 or less), all_same. Others: low or high, by the bound that their mean does not keep.
+    """
+    keep = informative_groups(samples, config)
+    reasons = {}
+    for group in group_indices(samples):
+        if keep[group].all():
+            continue
+        members = [samples[index] for index in group]
+        rewards = named_rewards(members, config.filter_key, "algorithm.filter_key")
+        if len(group) == 1 or np.ptp(rewards) > 0:
+            reason = "low" if rewards.mean() <= config.filter_low else "high"
+        elif all(sample.finish_reason == "length" for sample in members):
+            reason = "all_truncated"
+        elif rewards.min() >= config.success_reward:
+            reason = "all_right"
+        else:
+            reason = "all_wrong" if rewards.max() <= 0 else "all_same"
+        reasons[members[0].group_id] = reason
+    return reasons
+
+
+def refill(missing: int, kept: int, drawn: int, most: int) -> int:
+    """Groups to draw so that ``missing`` more are likely kept, after ``kept`` of ``drawn`` were; at most ``most``."""
+    return min(most, -(-missing * (drawn + 1) // (kept + 1)))
+
+
 def overlong_punishment(lengths: np.ndarray, longest: int, buffer: float) -> np.ndarray:
     """DAPO's soft over-long punishment: [B] from 0 to -1, linear over the last ``buffer`` tokens of ``longest``."""
     if buffer <= 0:

@@ -59,13 +59,15 @@ PRESETS: dict[str, Row] = {
     "gpg": {"advantage": "gpg", "policy_loss": "reinforce"},
     # arXiv:2602.02710
     "max_rl": {"advantage": "max_rl"},
-    # arXiv:2503.14476: clip-higher, dynamic sampling, token mean, soft over-long punishment of the last fifth
+    # arXiv:2503.14476: clip-higher, dynamic sampling, token mean, soft over-long punishment of the last fifth; the
+    # authors' script gives up after ten rounds
     "dapo": {
         "advantage": "grpo",
         "clip_ratio_low": 0.2,
         "clip_ratio_high": 0.28,
         "clip_ratio_dual": 10.0,
         "filter_key": "score",
+        "filter_max_rounds": 10,
         "overlong_buffer": 0.2,
     },
     # arXiv:2507.18071

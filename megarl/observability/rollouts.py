@@ -59,6 +59,7 @@ class RolloutWriter:
 
     def _row(self, step: int, sample: Sample) -> dict[str, Any]:
         prompt = sample.prompt
+        versions = [] if sample.weight_versions is None else sample.weight_versions[sample.loss_mask].tolist()
         return {
             "step": step,
             "group_id": int(sample.group_id),
@@ -74,7 +75,7 @@ class RolloutWriter:
             "advantage": _advantage(sample),
             "prompt_length": len(sample.tokens) - sample.response_length,
             "response_length": sample.response_length,
-            "weight_version": int(sample.weight_version),
+            "weight_versions": sorted(set(versions)),
         }
 
     def _save(self, data: bytes, video: bool) -> str:

@@ -69,7 +69,7 @@ class Response:
     tokens: np.ndarray  # [N] int32, the end-of-sequence token included
     logprobs: np.ndarray  # [N] float32
     finish_reason: FinishReason
-    weight_version: int  # oldest that took part
+    weight_versions: np.ndarray  # [N] int32, of the weights that each token was sampled from
 
 
 def engine_environment(tensor_parallel_size: int) -> dict[str, str]:
@@ -351,7 +351,7 @@ class EngineActor:
             tokens=tokens,
             logprobs=np.array([value for value, _, _ in logprobs], np.float32),
             finish_reason=reason,
-            weight_version=min(int(span["version"]) for span in meta["weight_versions"]),
+            weight_versions=_versions(meta["weight_versions"], len(tokens)),
         )
 
     def _check(self, call: str, answer: tuple[Any, ...]) -> None:
@@ -384,3 +384,13 @@ class EngineActor:
                     )
                     return
             await asyncio.sleep(_POLL_S)
+
+
+def _versions(spans: list[dict[str, Any]], length: int) -> np.ndarray:
+    """Versions [N] int32 of ``length`` sampled tokens, from the spans that SGLang reports."""
+    versions = np.full(length, -1, np.int32)
+    for span in spans:
+        versions[span["start"] : span["end"]] = int(span["version"])
+    if (versions < 0).any():
+        raise RuntimeError(f"SGLang names the weights of some of {length} tokens only: {spans}")
+    return versions

@@ -7,9 +7,11 @@ others generate. The manager lives in the driver and never touches a tensor or S
 from __future__ import annotations
 
 import hashlib
+import itertools
 import logging
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -47,11 +49,19 @@ def to_sample(encoded: EncodedPrompt, group_id: int, response: Response, text: s
         tokens=np.concatenate([encoded.tokens, response.tokens]).astype(np.int32),
         loss_mask=np.concatenate([silent, spoken]),
         rollout_logprobs=np.concatenate([silent.astype(np.float32), response.logprobs]),
-        weight_version=response.weight_version,
+        weight_versions=np.concatenate([np.full(len(silent), -1, np.int32), response.weight_versions]),
         media=encoded.media,
         response=text,
         finish_reason=response.finish_reason,
     )
+
+
+@dataclass(frozen=True)
+class Draw:
+    """What is drawn from a prompt together."""
+
+    num_samples: int
+    temperature: float  # 0: greedy
 
 
 class RolloutManager:
@@ -73,7 +83,7 @@ class RolloutManager:
         self._actor_options = actor_options or [{}] * config.rollout.num_engines
         self._processor = load_processor(hf_dir, config)
         self.num_restarts = 0
-        self._num_batches = 0  # names them: an engine must never see one name twice
+        self._batch_names = itertools.count(1)  # an engine must never see one name twice
         self.engines: list[Any] = []  # Ray handles of EngineActor
         self.engines = [self._launch(index) for index in range(config.rollout.num_engines)]
         for index in range(len(self.engines)):
@@ -87,16 +97,20 @@ class RolloutManager:
         temperature: float,
         max_new_tokens: int,
         step_seed: int,
+        greedy: bool = False,
+        first_group: int = 0,
         on_samples: Callable[[list[Sample]], None] | None = None,
         progress: Callable[[int, int], None] | None = None,
     ) -> list[Sample]:
         """Sample every prompt ``group_size`` times; temperature 0 is greedy.
 
-        Returns the samples in the order of the prompts, ``group_id`` the prompt's index. ``on_samples`` gets each group
-        as it is finished, ``progress`` (finished prompts, all prompts). With ``debug.deterministic`` the weights and
-        ``step_seed`` decide every bit of the result; without, ``step_seed`` is not used.
+        Returns the samples in the order of the prompts, ``group_id`` the prompt's index behind ``first_group``. With
+        ``greedy`` the last of each group is one more, at temperature 0. ``on_samples`` gets each group as it is
+        finished, ``progress`` (finished prompts, all prompts). With ``debug.deterministic`` the weights, ``step_seed``
+        and ``first_group`` decide every bit of the result; without, ``step_seed`` is not used.
         """
-        rollout = _Rollout(self, prompts, group_size, temperature, max_new_tokens, step_seed)
+        draws = [Draw(group_size, temperature)] + [Draw(1, 0.0)] * greedy
+        rollout = _Rollout(self, prompts, draws, max_new_tokens, step_seed, first_group)
         for index in range(len(self.engines)):
             rollout.submit(index)
         finished = 0
@@ -167,41 +181,45 @@ class _Rollout:
         self,
         manager: RolloutManager,
         prompts: list[EncodedPrompt],
-        group_size: int,
-        temperature: float,
+        draws: list[Draw],
         max_new_tokens: int,
         step_seed: int,
+        first_group: int,
     ) -> None:
-        self._manager, self._prompts, self._group_size = manager, prompts, group_size
-        self._temperature, self._max_new_tokens, self._step_seed = temperature, max_new_tokens, step_seed
+        self._manager, self._prompts, self._draws = manager, prompts, draws
+        self._max_new_tokens, self._step_seed, self._first_group = max_new_tokens, step_seed, first_group
         self._deterministic = manager._config.debug.deterministic
         self._timeout_s = manager._config.rollout.timeout_s
         num_engines = len(manager.engines)
         self._shares = [list(range(engine, len(prompts), num_engines)) for engine in range(num_engines)]
         self._heard = [time.monotonic()] * num_engines  # when each engine last answered
-        self.calls: dict[ray.ObjectRef, tuple[int, int]] = {}  # -> (engine, prompt)
+        self.calls: dict[ray.ObjectRef, tuple[int, int, int]] = {}  # -> (engine, prompt, draw)
+        self.drawn: dict[tuple[int, int], list[Sample]] = {}  # by (prompt, draw)
         self.groups: dict[int, list[Sample]] = {}  # finished, by prompt
         self._dead: dict[int, str] = {}  # engines to replace -> why
 
     def submit(self, engine: int) -> None:
         """Send an engine its unfinished prompts; a deterministic one gets its whole share: batches decide bits."""
-        share = [i for i in self._shares[engine] if self._deterministic or i not in self.groups]
-        self._manager._num_batches += 1
-        batch = str(self._manager._num_batches)
-        for place, index in enumerate(share):
-            encoded = self._prompts[index]
+        wanted = [(index, place) for index in self._shares[engine] for place in range(len(self._draws))]
+        wanted = [both for both in wanted if self._deterministic or both not in self.drawn]
+        total = sum(self._draws[place].num_samples for _, place in wanted)
+        batch, position = str(next(self._manager._batch_names)), 0
+        for index, place in wanted:
+            encoded, draw = self._prompts[index], self._draws[place]
             request = Request(
                 name=encoded.prompt.id,
                 tokens=encoded.tokens,
                 media=encoded.media,
-                num_samples=self._group_size,
-                temperature=self._temperature,
+                num_samples=draw.num_samples,
+                temperature=draw.temperature,
                 max_new_tokens=self._max_new_tokens,
             )
             if self._deterministic:
-                request.seeds = [sample_seed(self._step_seed, index, k) for k in range(self._group_size)]
-                request.batch = Batch(batch, place * self._group_size, len(share) * self._group_size)
-            self.calls[self._manager.engines[engine].generate.remote(request)] = (engine, index)
+                group = self._first_group + index
+                request.seeds = [sample_seed(self._step_seed, group, k) for k in range(draw.num_samples)]
+                request.batch = Batch(batch, position, total)
+                position += draw.num_samples
+            self.calls[self._manager.engines[engine].generate.remote(request)] = (engine, index, place)
         self._heard[engine] = time.monotonic()
 
     def collect(self) -> list[list[Sample]]:
@@ -218,17 +236,19 @@ class _Rollout:
             ready, _ = ray.wait(list(self.calls), num_returns=len(self.calls), timeout=0)
         finished = []
         for call in ready:
-            engine, index = self.calls.pop(call)
+            engine, index, place = self.calls.pop(call)
             try:
                 responses = ray.get(call)
             except (RayActorError, RayTaskError) as error:
                 self._dead[engine] = death_cause(error)
                 continue
             self._heard[engine] = time.monotonic()
-            if index not in self.groups:
-                self.groups[index] = self._samples(index, responses)
+            self.drawn.setdefault((index, place), self._samples(index, responses))
+            parts = [self.drawn.get((index, place)) for place in range(len(self._draws))]
+            if index not in self.groups and None not in parts:
+                self.groups[index] = [sample for part in parts for sample in part]
                 finished.append(self.groups[index])
-        for engine in {engine for engine, _ in self.calls.values()} - set(self._dead):
+        for engine in {engine for engine, _, _ in self.calls.values()} - set(self._dead):
             if time.monotonic() - self._heard[engine] > self._timeout_s:
                 self._dead[engine] = f"no answer for rollout.timeout_s={self._timeout_s:g} s"
         return finished
@@ -238,8 +258,8 @@ class _Rollout:
         return not self.calls and not self._dead
 
     def _samples(self, index: int, responses: list[Response]) -> list[Sample]:
-        decode = self._manager._processor.decode
-        return [to_sample(self._prompts[index], index, response, decode(response.tokens)) for response in responses]
+        encoded, group, decode = self._prompts[index], self._first_group + index, self._manager._processor.decode
+        return [to_sample(encoded, group, response, decode(response.tokens)) for response in responses]
 
 
 def death_cause(error: Exception) -> str:

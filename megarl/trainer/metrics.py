@@ -37,3 +37,16 @@ def sample_metrics(samples: Sequence[Sample]) -> dict[str, float]:
     metrics["critic/zero_std_ratio"] = np.mean([np.ptp(rewards) == 0 for rewards in groups.values()])
     metrics["perf/total_num_tokens"] = sum(len(s.tokens) for s in samples)
     return {name: float(value) for name, value in metrics.items()}
+
+
+def staleness_metrics(samples: Sequence[Sample], version: int) -> dict[str, float]:
+    """How many optimizer steps older than ``version`` the weights were that chose the actions, and who saw several."""
+    spans = [s.weight_versions[s.loss_mask] for s in samples if s.weight_versions is not None and s.loss_mask.any()]
+    if not spans:
+        return {}
+    staleness = version - np.concatenate(spans)
+    return {
+        "rollout/staleness_mean": float(staleness.mean()),
+        "rollout/staleness_max": float(staleness.max()),
+        "rollout/partial_fraction": float(np.mean([np.ptp(versions) > 0 for versions in spans])),
+    }

@@ -16,14 +16,14 @@ from megarl.config import RunConfig
 from megarl.data.packing import Packing, pack_bins
 from megarl.data.processors import load_processor
 from megarl.data.sharing import balance_metrics
-from megarl.eval.generate import SEED_STRIDE, generate_rewarded
 from megarl.eval.loop import Evaluation
 from megarl.rewards.runner import RewardRunner
 from megarl.rollout.manager import RolloutManager
 from megarl.tasks.task import build_tasks, reward_functions
 from megarl.trainer.callbacks import Callback, Evaluate, MismatchAlarm, Report, Save, SaveRollouts
-from megarl.trainer.metrics import sample_metrics
+from megarl.trainer.metrics import sample_metrics, staleness_metrics
 from megarl.trainer.run import Run, prompt_source
+from megarl.trainer.sampler import Rollout, StepSampler
 from megarl.trainer.sync import WeightSync
 from megarl.types import EncodedPrompt, PackedBatch, Sample
 from megarl.utils.errors import RunFailure
@@ -56,6 +56,7 @@ class RLTrainer:
             canary=self.canary(),
             banned_token_ids=self.processor.banned_token_ids,
         )
+        self.sampler = StepSampler(config, self.source, self.rollout, self.rewards)
         self.evaluation = Evaluation(config, self.tasks, self.processor, self.rollout, self.rewards)
         self.callbacks: list[Callback] = [
             Evaluate(self),
@@ -76,14 +77,14 @@ class RLTrainer:
             if self.run.stopping:
                 break
             with self.run.timer("step"):
-                prompts = self.source.next(self.config.data.prompts_per_step)
-                samples = self.generate(prompts, step)
-                metrics = self.weigh(samples)
+                rollout = self.generate(step)
+                samples = rollout.samples
+                metrics = rollout.metrics | self.weigh(rollout)
                 minibatches = self.pack(samples)
                 self.workers.load(minibatches)
                 self.workers.score()
                 metrics |= balance_metrics(minibatches) | self.workers.train()
-                self.step, self.state = step, {"source": self.source.state_dict()}
+                self.step, self.state = step, {"source": rollout.source}
                 with self.run.timer("update_weights"):
                     metrics |= self.push(must_change=metrics["actor/grad_norm"] * metrics["actor/lr"] > 0)
             for callback in self.callbacks:
@@ -95,23 +96,10 @@ class RLTrainer:
             callback.on_end()
         return self.run.exit_status()
 
-    def generate(self, prompts: list[EncodedPrompt], step: int) -> list[Sample]:
-        """``rollout.group_size`` rewarded samples of each prompt."""
-        c = self.config.rollout
+    def generate(self, step: int) -> Rollout:
+        """The samples that ``step`` is trained on."""
         self.workers.release()
-        with self.run.timer("gen"):
-            samples, dropped = generate_rewarded(
-                self.rollout,
-                self.rewards,
-                prompts,
-                group_size=c.group_size,
-                temperature=c.temperature,
-                max_new_tokens=c.max_new_tokens,
-                step_seed=self.config.seed * SEED_STRIDE + step,
-                progress=partial(self.run.console.progress, "generate"),
-            )
-        self.dropped += dropped
-        return samples
+        return self.sampler.sample(step, partial(self.run.console.progress, "generate"))
 
     def push(self, *, must_change: bool) -> dict[str, float]:
         """Sync all engines; when one dies meanwhile, replace it and begin again."""
@@ -142,13 +130,15 @@ class RLTrainer:
         ]
         return next((prompt for prompt in candidates if prompt.media.images), candidates[0])
 
-    def weigh(self, samples: list[Sample]) -> dict[str, float]:
+    def weigh(self, rollout: Rollout) -> dict[str, float]:
         """Choose what is trained and give every action its advantage; what the samples say for the log."""
+        samples = rollout.samples
         filtered = apply_filters(samples, self.config.algorithm, self.config.rollout.max_new_tokens)
         for sample, advantages in zip(samples, compute_advantages(samples, self.config.algorithm), strict=True):
             sample.advantages = advantages
-        dropped = {"data/overlong_dropped": sum(self.source.dropped.values()), "reward/dropped": self.dropped}
-        return sample_metrics(samples) | filtered | dropped
+        self.dropped += rollout.reward_dropped
+        dropped = {"data/overlong_dropped": sum(rollout.source["dropped"].values()), "reward/dropped": self.dropped}
+        return sample_metrics(samples) | staleness_metrics(samples, self.step) | filtered | dropped
 
     def pack(self, samples: list[Sample]) -> list[list[list[PackedBatch]]]:
         """``[optimizer step][data-parallel rank][microbatch]``: groups are dealt to optimizer steps, then weighed."""

@@ -4,7 +4,14 @@ import numpy as np
 import pytest
 
 from megarl.algorithms.advantages import compute_advantages, total_rewards
-from megarl.algorithms.filters import apply_filters, expert_gate, informative_groups, overlong_punishment
+from megarl.algorithms.filters import (
+    apply_filters,
+    drop_reasons,
+    expert_gate,
+    informative_groups,
+    overlong_punishment,
+    refill,
+)
 from megarl.algorithms.weights import compute_loss_weights
 from megarl.config import AlgorithmConfig
 from megarl.types import Media, Prompt, Sample
@@ -54,6 +61,31 @@ def sample(group, reward, length, finish_reason="stop"):
         media=Media(),
         finish_reason=finish_reason,
     )
+
+
+def test_what_is_dropped_has_a_reason():
+    batch = [
+        *(sample(0, reward, 4) for reward in (0.0, 1.0)),
+        *(sample(1, 1.0, 4) for _ in range(2)),
+        *(sample(2, 0.0, 4) for _ in range(2)),
+        *(sample(3, 0.5, 4) for _ in range(2)),
+        *(sample(4, 0.0, 9, "length") for _ in range(2)),
+        *(sample(5, reward, 4) for reward in (0.0, 0.1)),
+        *(sample(6, reward, 4) for reward in (0.9, 1.0)),
+    ]
+    config = AlgorithmConfig(filter_key="score", filter_low=0.1, filter_high=0.9)
+    assert drop_reasons(batch, config) == {
+        **{1: "all_right", 2: "all_wrong", 3: "all_same", 4: "all_truncated"},
+        **{5: "low", 6: "high"},
+    }
+    assert drop_reasons(batch, AlgorithmConfig()) == {}
+
+
+def test_a_refill_is_as_large_as_the_last_rounds_say():
+    assert refill(missing=4, kept=4, drawn=8, most=8) == 8  # 4 * 9 / 5 = 7.2
+    assert refill(missing=1, kept=7, drawn=8, most=8) == 2
+    assert refill(missing=1, kept=15, drawn=15, most=16) == 1  # never fewer than are missing
+    assert refill(missing=8, kept=0, drawn=8, most=8) == 8
 
 
 def test_filters_write_streams():

@@ -15,7 +15,7 @@ from megarl.experiment import apply_overrides, load_experiment
 from tests.algorithms import naive
 from tests.algorithms.steps import LONGEST, flat_loss, padded_of, trajectories_of
 
-WAITING = {"ppo", "remax", "luffy", "srft", "hpt", "uft", "chord"}  # for what the trainer does not make yet
+WAITING = {"ppo", "luffy", "srft", "hpt", "uft", "chord"}  # for what the trainer does not make yet
 # Everything that a loss can need at once; a share of actions large enough for steps of a hundred.
 TESTED = {"kl_cov_ratio": 0.05, "clip_cov_ratio": 0.05, "clip_cov_low": 0.01, "entropy_coef": 0.01}
 
@@ -78,7 +78,7 @@ def test_a_preset_can_run_or_says_what_it_waits_for(name):
 
 def test_the_presets_are_these():
     assert preset("dapo") == AlgorithmConfig(
-        clip_ratio_high=0.28, clip_ratio_dual=10.0, filter_key="score", overlong_buffer=0.2
+        clip_ratio_high=0.28, clip_ratio_dual=10.0, filter_key="score", filter_max_rounds=10, overlong_buffer=0.2
     )
     assert preset("gspo", clip_ratio_low=1e-3).clip_ratio_low == 1e-3
     assert (preset("gspo").policy_loss, preset("gspo").loss_weights) == ("gspo", "sequence_mean")

@@ -15,13 +15,16 @@ from tests.rollout.reference import prompt
 
 def test_a_sample_is_the_prompt_and_the_response(processor):
     encoded = prompt(processor, 1)
-    response = Response(np.array([5, 6], np.int32), np.array([-1.0, -2.0], np.float32), "length", 3)
+    response = Response(
+        np.array([5, 6], np.int32), np.array([-1.0, -2.0], np.float32), "length", np.array([3, 4], np.int32)
+    )
     sample = to_sample(encoded, 4, response, "ab")
     length = len(encoded.tokens)
     assert sample.tokens.tolist() == [*encoded.tokens, 5, 6]
     assert sample.loss_mask.tolist() == [False] * length + [True] * 2
     assert sample.rollout_logprobs.tolist() == [0.0] * length + [-1.0, -2.0]
-    assert (sample.group_id, sample.weight_version, sample.response, sample.finish_reason) == (4, 3, "ab", "length")
+    assert sample.weight_versions.tolist() == [-1] * length + [3, 4]
+    assert (sample.group_id, sample.response, sample.finish_reason) == (4, "ab", "length")
     assert sample.media.images == encoded.media.images
 
 
@@ -49,6 +52,17 @@ def test_groups_arrive_one_by_one_and_return_in_order(pool, processor):
     assert sorted(group[0].group_id for group in streamed) == list(range(5))
     assert all(len(group) == 3 for group in streamed)
     assert progress == [(i, 5) for i in range(1, 6)]
+
+
+def test_a_greedy_answer_comes_with_each_group(pool, processor):
+    prompts, settings = [prompt(processor, i % 3, i) for i in range(4)], {"max_new_tokens": 12, "step_seed": 1}
+    samples = pool.manager.generate(prompts, group_size=2, temperature=1.0, greedy=True, first_group=7, **settings)
+    assert [s.group_id for s in samples] == [7 + i for i in range(4) for _ in range(3)]
+    alone = pool.manager.generate(prompts, group_size=1, temperature=0.0, **settings)
+    for greedy, expected in zip(samples[2::3], alone, strict=True):
+        assert greedy.tokens.tolist() == expected.tokens.tolist()
+        np.testing.assert_allclose(greedy.rollout_logprobs, expected.rollout_logprobs, atol=1e-5)
+    assert any(s.response != greedy.response for s, greedy in zip(samples[::3], samples[2::3], strict=True))
 
 
 def test_an_error_of_a_prompt_is_not_an_engines_death(pool, processor):
