@@ -376,6 +376,9 @@ class TrainerConfig:
     share_prompts: bool = False  # compute a prompt once for all of its samples in a microbatch (sdpa attention)
     # moved to host memory while engines generate: of optimizer | gradients | parameters
     offload: list[str] = field(default_factory=list)
+    # optimizer steps by which the weights that sample may be older than those that learn: engines generate the next
+    # steps while the ranks train; 0: they take turns
+    max_staleness: int = 0
     resume: str = "auto"  # auto: the newest complete checkpoint of run_dir | never | a checkpoint's path
     eval_every: int = 0  # steps; 0: only before the first and after the last
     eval_prompts: int = 256  # of each task
@@ -384,7 +387,14 @@ class TrainerConfig:
         _check_positive("trainer", self, "num_nodes", "max_tokens_per_microbatch", "max_patches_per_microbatch")
         for part in self.offload:
             check_choice("trainer.offload", part, ["optimizer", "gradients", "parameters"])
-        _check_not_negative("trainer", self, "num_steps", "ranks_per_node", "eval_every", "eval_prompts")
+        _check_not_negative(
+            "trainer", self, "num_steps", "ranks_per_node", "eval_every", "eval_prompts", "max_staleness"
+        )
+        if self.max_staleness and self.offload:
+            raise ValueError(
+                f"trainer.offload={list(self.offload)} makes room while the ranks wait for the engines; with "
+                f"trainer.max_staleness={self.max_staleness} they do not wait"
+            )
 
 
 @dataclass
@@ -469,6 +479,14 @@ class RunConfig:
             self.parallel.check_world(self.world_size)
         except ValueError as error:
             raise ValueError(f"trainer.num_nodes x trainer.ranks_per_node: {error}") from error
+
+    @property
+    def partial_rollouts(self) -> bool:
+        """Whether new weights reach an engine amid its responses, which go on with them.
+
+        Reproducible batches and SGLang's adapters cannot change on the way: their responses are finished first.
+        """
+        return self.trainer.max_staleness > 0 and not self.debug.deterministic and self.weight_sync.lora == "merged"
 
     @property
     def world_size(self) -> int:

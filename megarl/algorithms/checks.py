@@ -73,6 +73,13 @@ def check_algorithm(config: RunConfig) -> None:
     _check_read(c)
     _check_rewards(c, config.rollout.group_size)
     _check_correction(c)
+    uncorrected = c.policy_loss != "sft" and c.rollout_correction == "none" and not c.bypass_old_logprobs
+    if config.trainer.max_staleness and uncorrected:
+        raise ValueError(
+            f"trainer.max_staleness={config.trainer.max_staleness} trains on what older weights sampled: weigh it with "
+            "algorithm.rollout_correction=truncate (or mask, reject), or take the engine's log-probs for the old "
+            "policy's with algorithm.bypass_old_logprobs=True"
+        )
 
 
 def _check_wired(c: AlgorithmConfig) -> None:

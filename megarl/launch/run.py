@@ -10,6 +10,7 @@ from megarl.checkpoint import megatron as checkpoints
 from megarl.config import RunConfig
 from megarl.eval.score import score_file
 from megarl.launch.cluster import cluster
+from megarl.trainer.pipelined import PipelinedTrainer
 from megarl.trainer.rl import RLTrainer
 from megarl.trainer.run import Run, check
 from megarl.trainer.sft import SFTTrainer
@@ -18,7 +19,7 @@ from megarl.workers.group import WorkerError
 
 def train(config: RunConfig) -> int:
     """``megarl train``: reinforcement learning; the exit status."""
-    return _fit(RLTrainer, config)
+    return _fit(PipelinedTrainer if config.trainer.max_staleness else RLTrainer, config)
 
 
 def sft(config: RunConfig) -> int:

@@ -202,6 +202,15 @@ class EngineActor:
             raise RuntimeError(f"{self._name} scored {len(logprobs) + 1} tokens of {len(tokens)}")
         return np.where(np.isin(tokens[1:], list(self._processor.banned_token_ids)), np.float32(0), logprobs)
 
+    async def pause(self) -> None:
+        """Stop generating until ``resume``: requests keep their tokens and lose what was computed for them."""
+        message = self._sglang.PauseGenerationReqInput(mode="retract")
+        await self._watched(self._manager.pause_generation(message))
+
+    async def resume(self) -> None:
+        """Generate on, by the weights of now."""
+        await self._watched(self._manager.continue_generation(self._sglang.ContinueGenerationReqInput()))
+
     async def update_weights_from_shared(self, payloads: list[bytes], weight_version: int, flush: bool) -> None:
         """Load a bucket of ``weight_sync.shared.share_bucket``: one payload for each tensor-parallel rank."""
         if len(payloads) != self._tensor_parallel_size:

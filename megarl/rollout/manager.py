@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import itertools
 import logging
+import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -28,6 +29,7 @@ logger = logging.getLogger(__name__)
 
 _START_TIMEOUT_S = 1800.0  # loading a large model takes minutes
 _MAX_CALLS = 1 << 20  # of one engine at a time; SGLang queues them itself
+_LOOK_S = 0.1  # between looks of a thread that waits for another to replace an engine
 _POLL_S = 1.0  # longest wait before the engines' deadlines are looked at
 
 
@@ -83,6 +85,8 @@ class RolloutManager:
         self._actor_options = actor_options or [{}] * config.rollout.num_engines
         self._processor = load_processor(hf_dir, config)
         self.num_restarts = 0
+        self._owner, self._lock, self._closed = threading.get_ident(), threading.Lock(), False
+        self._lost: dict[int, str] = {}  # engines that other threads found dead -> why
         self._batch_names = itertools.count(1)  # an engine must never see one name twice
         self.engines: list[Any] = []  # Ray handles of EngineActor
         self.engines = [self._launch(index) for index in range(config.rollout.num_engines)]
@@ -129,6 +133,7 @@ class RolloutManager:
 
     def ensure_alive(self) -> None:
         """Restart and sync every engine that does not answer; call it before talking to the engines directly."""
+        self.replace_lost()
         pings = [engine.ping.remote() for engine in self.engines]
         for index, ping in enumerate(pings):
             try:
@@ -136,8 +141,35 @@ class RolloutManager:
             except (RayActorError, RayTaskError, GetTimeoutError) as error:
                 self.restart(index, death_cause(error))
 
+    def replace(self, index: int, engine: Any, cause: str) -> None:
+        """Restart engine ``index`` unless it is another than the dead ``engine`` by now; return when it can serve.
+
+        ``sync`` needs the trainer's ranks, so the thread that made the manager does it: others wait here until it calls
+        ``replace_lost``.
+        """
+        with self._lock:
+            replaced = self._closed or self.engines[index] is not engine
+            if not replaced and threading.get_ident() != self._owner:
+                self._lost[index] = cause
+        if threading.get_ident() == self._owner and not replaced:
+            self.restart(index, cause)
+        while index in self._lost and not self._closed:
+            time.sleep(_LOOK_S)
+        if self._closed:
+            raise EngineError("the engines are shut down")
+
+    def replace_lost(self) -> None:
+        """Restart the engines that rollouts in other threads found dead."""
+        for index, cause in list(self._lost.items()):
+            self.restart(index, cause)
+
     def restart(self, index: int, cause: str) -> None:
         """Replace engine ``index`` and sync the new one; raises ``EngineError`` when ``max_restarts`` are spent."""
+        with self._lock:
+            self._restart(index, cause)
+            self._lost.pop(index, None)
+
+    def _restart(self, index: int, cause: str) -> None:
         max_restarts = self._config.rollout.max_restarts
         ray.kill(self.engines[index])
         if self.num_restarts >= max_restarts:
@@ -149,7 +181,8 @@ class RolloutManager:
         self._sync([self.engines[index]])
 
     def shutdown(self) -> None:
-        """Stop all engines and their processes."""
+        """Stop all engines and their processes; rollouts in other threads end with an ``EngineError``."""
+        self._closed = True
         stops = [engine.shutdown.remote() for engine in self.engines]
         ray.wait(stops, num_returns=len(stops), timeout=30)
         for engine in self.engines:
@@ -193,6 +226,7 @@ class _Rollout:
         num_engines = len(manager.engines)
         self._shares = [list(range(engine, len(prompts), num_engines)) for engine in range(num_engines)]
         self._heard = [time.monotonic()] * num_engines  # when each engine last answered
+        self._handles = list(manager.engines)  # whom the calls were sent to
         self.calls: dict[ray.ObjectRef, tuple[int, int, int]] = {}  # -> (engine, prompt, draw)
         self.drawn: dict[tuple[int, int], list[Sample]] = {}  # by (prompt, draw)
         self.groups: dict[int, list[Sample]] = {}  # finished, by prompt
@@ -203,6 +237,7 @@ class _Rollout:
         wanted = [(index, place) for index in self._shares[engine] for place in range(len(self._draws))]
         wanted = [both for both in wanted if self._deterministic or both not in self.drawn]
         total = sum(self._draws[place].num_samples for _, place in wanted)
+        handle = self._handles[engine] = self._manager.engines[engine]
         batch, position = str(next(self._manager._batch_names)), 0
         for index, place in wanted:
             encoded, draw = self._prompts[index], self._draws[place]
@@ -219,15 +254,16 @@ class _Rollout:
                 request.seeds = [sample_seed(self._step_seed, group, k) for k in range(draw.num_samples)]
                 request.batch = Batch(batch, position, total)
                 position += draw.num_samples
-            self.calls[self._manager.engines[engine].generate.remote(request)] = (engine, index, place)
+            self.calls[handle.generate.remote(request)] = (engine, index, place)
         self._heard[engine] = time.monotonic()
 
     def collect(self) -> list[list[Sample]]:
         """Wait a moment and return the groups that were finished; replaces engines that the last call found dead."""
         for engine, cause in self._dead.items():
             self.calls = {call: place for call, place in self.calls.items() if place[0] != engine}
-            self._manager.restart(engine, cause)
+            self._manager.replace(engine, self._handles[engine], cause)
             self.submit(engine)
+            self._heard = [time.monotonic()] * len(self._heard)  # who waits here hears nobody
         self._dead = {}
         if not self.calls:
             return []

@@ -24,10 +24,12 @@ from sglang.srt.lora.lora_manager import LoRAManager  # noqa: E402
 from sglang.srt.managers import detokenizer_manager, scheduler  # noqa: E402
 from sglang.srt.managers.io_struct import (  # noqa: E402, F401 - what an engine's owner says to it
     CheckWeightsReqInput,
+    ContinueGenerationReqInput,
     DestroyWeightsUpdateGroupReqInput,
     GenerateReqInput,
     InitWeightsUpdateGroupReqInput,
     LoadLoRAAdapterFromTensorsReqInput,
+    PauseGenerationReqInput,
     UnloadLoRAAdapterReqInput,
     UpdateWeightFromDiskReqInput,
     UpdateWeightsFromDistributedReqInput,
@@ -79,7 +81,21 @@ def batch_rid(batch: str, index: int, total: int) -> str:
     return f"megarl/{batch}/{total}/{index:08d}"
 
 
-class DeterministicScheduler(scheduler.Scheduler):
+class RolloutScheduler(scheduler.Scheduler):
+    """A scheduler that can forget what it computed with old weights while requests wait to go on with new ones."""
+
+    def flush_cache(self, *args: Any, **kwargs: Any) -> bool:
+        """SGLang's own refuses while any request is there; those of a paused engine wait and hold nothing."""
+        waiting = self.waiting_queue
+        if self._engine_paused:
+            self.waiting_queue = []
+        try:
+            return super().flush_cache(*args, **kwargs)
+        finally:
+            self.waiting_queue = waiting
+
+
+class DeterministicScheduler(RolloutScheduler):
     """A scheduler whose batches depend on the requests alone, not on when they arrive.
 
     Matrix products differ in their last bits with the number of rows, so equal bits need equal batches: requests named
@@ -117,7 +133,12 @@ class DeterministicScheduler(scheduler.Scheduler):
 
 
 def run_scheduler_process(*args: Any, **kwargs: Any) -> None:
-    """SGLang's scheduler process with checksums under checkpoint names and, on CPU, batched attention."""
+    """SGLang's scheduler process, paused and flushed as above, with checksums under checkpoint names.
+
+    On CPU its attention is batched.
+    """
+    if not issubclass(scheduler.Scheduler, RolloutScheduler):
+        scheduler.Scheduler = RolloutScheduler
     model_runner.WeightChecker = CheckpointWeightChecker
     model_runner.LoRAManager = KnownLoRAManager
     if torch.version.cuda is None:

@@ -20,6 +20,8 @@ from megarl.rollout.manager import RolloutManager
 from megarl.types import Sample
 from megarl.utils.errors import RunFailure
 
+_TELL_EVERY = 10  # rounds: a task may have nothing left to teach
+
 logger = logging.getLogger(__name__)
 
 
@@ -56,14 +58,14 @@ class StepSampler:
             more, without_reward = self._draw(draw, drawn, step, progress)
             samples, lost, drawn, rounds = samples + more, lost + without_reward, drawn + draw, rounds + 1
             reasons = drop_reasons(samples, algorithm)
+            why = ", ".join(f"{count} {reason}" for reason, count in sorted(Counter(reasons.values()).items()))
             kept = [group for group in dict.fromkeys(s.group_id for s in samples) if group not in reasons]
             if not algorithm.filter_key or len(kept) >= wanted or rounds == algorithm.filter_max_rounds:
                 break
             draw = refill(wanted - len(kept), len(kept), drawn, wanted)
-            logger.info("step %d: %d of %d groups after round %d", step, len(kept), wanted, rounds)
-        counts = Counter(reasons.values())
+            if rounds % _TELL_EVERY == 0:
+                logger.warning("step %d: %d of %d groups after %d rounds: %s", step, len(kept), wanted, rounds, why)
         if not kept:
-            why = ", ".join(f"{count} {reason}" for reason, count in counts.items())
             raise RunFailure(
                 f"step {step}: none of {drawn} groups in {rounds} rounds has anything to teach ({why}): "
                 f"algorithm.filter_key={algorithm.filter_key} finds the prompts too easy or too hard"
@@ -73,7 +75,7 @@ class StepSampler:
         if algorithm.filter_key:
             metrics |= {"filter/rounds": rounds, "filter/drawn_groups": drawn, "filter/surplus_groups": len(surplus)}
             metrics |= {"filter/kept_groups": len(kept) - len(surplus), "filter/dropped_groups": len(reasons)}
-            metrics |= {f"filter/dropped_{reason}": count for reason, count in counts.items()}
+            metrics |= {f"filter/dropped_{reason}": count for reason, count in Counter(reasons.values()).items()}
         return Rollout(
             samples=[sample for sample in samples if sample.group_id not in surplus],
             metrics={name: float(value) for name, value in metrics.items()},

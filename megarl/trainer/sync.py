@@ -65,6 +65,9 @@ class WeightSync:
         self._deliver(engines, self.version)
 
     def _deliver(self, engines: list[ActorHandle], version: int) -> tuple[dict[str, str], dict[str, float]]:
+        timeout, pause = self.config.rollout.timeout_s, self.config.partial_rollouts
+        if pause:
+            ray.get([engine.pause.remote() for engine in engines], timeout=timeout)
         adapters = self.config.weight_sync.lora == "adapter"
         if adapters:
             self._prepare([engine for engine in engines if engine not in self.prepared], version)
@@ -74,9 +77,10 @@ class WeightSync:
         else:
             sent = self._send_weights(engines, version)
         metrics = {"sync/tensors": float(len(sent))}
-        timeout = self.config.rollout.timeout_s
         checks, canary = self.config.weight_sync.verify, self.config.weight_sync.canary
         held = [engine.checksums.remote(adapters=adapters) for engine in engines] if checks else []
+        if pause:  # before the canary, which an engine that stands still does not answer
+            ray.get([engine.resume.remote() for engine in engines], timeout=timeout)
         theirs = [engine.score.remote(self.canary.tokens, self.canary.media) for engine in engines] if canary else []
         ours = self._score_canary() if canary else None  # at the same time as the engines
         for index, checksums in enumerate(ray.get(held, timeout=timeout)):

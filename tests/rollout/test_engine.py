@@ -153,6 +153,29 @@ def test_checksums_show_one_changed_tensor(pool, models, name):
     push_shared(pool.engine, [(name, original), (name, original)], 0)
 
 
+def test_responses_go_on_with_new_weights(pool, models, processor):
+    """Weights change while four responses are under way: every token is of the weights that its version names."""
+    encoded, named = prompt(processor, 1), [list(tensors(model).items()) for model in models]
+    call = pool.engine.generate.remote(Request("test", encoded.tokens, encoded.media, 4, 1.0, 200))
+    for version in range(101, 105):
+        ray.wait([call], timeout=0.2)
+        ray.get(pool.engine.pause.remote())
+        push_shared(pool.engine, named[version % 2], version)
+        ray.get(pool.engine.resume.remote())
+    references = [HuggingFace(model, processor) for model in models]
+    seen = set()
+    for response in ray.get(call):
+        versions = response.weight_versions
+        assert (np.diff(versions) >= 0).all()
+        seen |= set(versions.tolist())
+        tokens = np.concatenate([encoded.tokens, response.tokens])
+        expected = [r.logprobs(tokens, encoded.media)[len(encoded.tokens) - 1 :] for r in references]
+        chosen = np.where(versions % 2, expected[1], expected[0])
+        np.testing.assert_allclose(response.logprobs, chosen, atol=TOLERANCE, rtol=0)
+    assert len(seen) > 1
+    push_shared(pool.engine, named[0], 0)
+
+
 def test_a_failed_update_raises_with_the_reason(pool, tmp_path):
     with pytest.raises(RuntimeError, match="engine 0: update_weights_from_disk failed"):
         ray.get(pool.engine.update_weights_from_disk.remote(str(tmp_path / "absent"), 60))

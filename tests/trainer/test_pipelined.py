@@ -1,0 +1,151 @@
+"""The engines ahead of the ranks: what is begun when and by which weights; dead engines wait for the right thread."""
+
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
+from types import SimpleNamespace
+
+import pytest
+
+from megarl.algorithms.checks import check_algorithm
+from megarl.config import AlgorithmConfig, DebugConfig, RunConfig, TrainerConfig
+from megarl.rollout.manager import EngineError, RolloutManager
+from megarl.trainer.pipelined import PipelinedTrainer
+from megarl.trainer.rl import RLTrainer
+
+
+class Pipeline(PipelinedTrainer):
+    """A trainer of nothing: a rollout notes the weights that it began and ended with."""
+
+    def __init__(self, max_staleness, *, num_steps=6, deterministic=False, seconds=0.0):
+        self.config = RunConfig(
+            trainer=TrainerConfig(max_staleness=max_staleness, num_steps=num_steps),
+            debug=DebugConfig(deterministic=deterministic),
+        )
+        self.run = SimpleNamespace(stopping=False, console=SimpleNamespace(progress=print))
+        self.rollout = SimpleNamespace(replace_lost=lambda: None)
+        self.sampler, self.seconds, self.version, self.begun = SimpleNamespace(sample=self.sample), seconds, 0, []
+        self.thread, self.ahead = ThreadPoolExecutor(1), {}
+
+    def sample(self, step, progress):
+        self.begun.append((step, self.version))
+        time.sleep(self.seconds)
+        return SimpleNamespace(step=step, begun=self.begun[-1][1], ended=self.version, metrics={})
+
+    def train(self, num_steps):
+        """The steps of ``fit`` that matter here; what each was trained on."""
+        rollouts = []
+        for step in range(1, num_steps + 1):
+            rollouts.append(self.generate(step))
+            time.sleep(0.02)
+            self.push(must_change=True)
+        return rollouts
+
+
+@pytest.fixture
+def push(monkeypatch):
+    def push(self, *, must_change):
+        self.version += 1
+
+    monkeypatch.setattr(RLTrainer, "push", push)
+
+
+@pytest.mark.parametrize("max_staleness", [0, 1, 2])
+def test_weights_are_never_older_than_the_bound(push, max_staleness):
+    pipeline = Pipeline(max_staleness)
+    rollouts = pipeline.train(6)
+    assert [rollout.step for rollout in rollouts] == [1, 2, 3, 4, 5, 6]
+    behind = [rollout.step - 1 - rollout.begun for rollout in rollouts]  # step 1 learns with version 0
+    assert behind[0] == 0
+    assert max(behind) == max_staleness
+    assert [step for step, _ in pipeline.begun] == [1, 2, 3, 4, 5, 6]  # none beyond the last
+    assert pipeline.ahead == {}
+
+
+def test_a_response_may_see_new_weights_unless_it_must_be_reproducible(push):
+    assert any(r.ended > r.begun for r in Pipeline(1, seconds=0.05).train(6))
+    rollouts = Pipeline(1, seconds=0.05, deterministic=True).train(6)
+    assert [(r.begun, r.ended) for r in rollouts] == [(0, 0), (0, 0), (1, 1), (2, 2), (3, 3), (4, 4)]
+
+
+def test_a_run_that_stops_begins_nothing(push):
+    pipeline = Pipeline(2)
+    pipeline.run.stopping = True
+    pipeline.train(1)
+    assert [step for step, _ in pipeline.begun] == [1]
+
+
+def test_what_a_rollout_raises_reaches_the_step_that_needs_it(push):
+    pipeline = Pipeline(1)
+    pipeline.train(1)
+
+    def fails(step, progress):
+        raise EngineError("engine 0 is lost")
+
+    pipeline.sampler.sample = fails
+    pipeline.generate(2)
+    with pytest.raises(EngineError, match="engine 0 is lost"):
+        pipeline.generate(3)
+
+
+class Manager(RolloutManager):
+    """One engine, that is a number."""
+
+    def __init__(self):
+        self._owner, self._lock, self._closed, self._lost = threading.get_ident(), threading.Lock(), False, {}
+        self.engines, self.restarted_by = [0], []
+
+    def _restart(self, index, cause):
+        self.engines[index] += 1
+        time.sleep(0.05)
+        self.restarted_by.append(threading.get_ident())
+
+
+def test_the_thread_that_owns_the_engines_replaces_them():
+    manager, back = Manager(), []
+
+    def rollout(engine):
+        manager.replace(0, engine, "it died")
+        back.append(len(manager.restarted_by))
+
+    thread = threading.Thread(target=rollout, args=(0,))
+    thread.start()
+    while not manager._lost:
+        time.sleep(0.01)
+    assert thread.is_alive()
+    manager.replace_lost()
+    thread.join(5)
+    assert back == [1]  # it went on when the engine could serve
+    assert manager.restarted_by == [threading.get_ident()]
+    manager.replace(0, 0, "noticed twice")
+    assert manager.engines == [1]
+    thread = threading.Thread(target=rollout, args=(0,))  # it has been replaced already
+    thread.start()
+    thread.join(5)
+    assert (manager.engines, len(back)) == ([1], 2)
+
+
+def test_a_rollout_ends_with_its_engines():
+    manager, errors = Manager(), []
+
+    def rollout():
+        try:
+            manager.replace(0, 0, "killed")
+        except EngineError as error:
+            errors.append(str(error))
+
+    thread = threading.Thread(target=rollout)
+    thread.start()
+    manager._closed = True
+    thread.join(5)
+    assert errors == ["the engines are shut down"]
+
+
+def test_lag_without_a_correction_is_refused():
+    config = RunConfig(trainer=TrainerConfig(max_staleness=1))
+    with pytest.raises(ValueError, match=r"trainer\.max_staleness=1 .*algorithm\.rollout_correction=truncate"):
+        check_algorithm(config)
+    for algorithm in (AlgorithmConfig(rollout_correction="truncate"), AlgorithmConfig(bypass_old_logprobs=True)):
+        check_algorithm(RunConfig(trainer=config.trainer, algorithm=algorithm))
+    with pytest.raises(ValueError, match=r"trainer\.offload=\['optimizer'\].*trainer\.max_staleness=1"):
+        TrainerConfig(max_staleness=1, offload=["optimizer"])
