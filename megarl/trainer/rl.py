@@ -47,7 +47,9 @@ class RLTrainer:
             self.source.load_state_dict(saved["source"])
         self.state: dict[str, Any] = {"source": self.source.state_dict()}
         self.rewards = RewardRunner(reward_functions(config), config.rewards)
-        self.rollout = RolloutManager(self.engine_config(), hf_dir, sync=lambda engines: self.sync.resend(engines))
+        self.rollout = RolloutManager(
+            self.engine_config(), hf_dir, sync=lambda engines: self.sync.resend(engines, self.step)
+        )
         run.console.message(f"{len(self.rollout.engines)} SGLang engine(s) ready")
         self.sync = WeightSync(
             config,

@@ -60,9 +60,9 @@ class WeightSync:
         self.version, self.digest = version, sent
         return metrics
 
-    def resend(self, engines: list[ActorHandle]) -> None:
-        """Bring engines that were restarted to the version that the others hold."""
-        self._deliver(engines, self.version)
+    def resend(self, engines: list[ActorHandle], version: int) -> None:
+        """Give engines that were restarted what the ranks hold, which is ``version``."""
+        self._deliver(engines, version)
 
     def _deliver(self, engines: list[ActorHandle], version: int) -> tuple[dict[str, str], dict[str, float]]:
         timeout, pause = self.config.rollout.timeout_s, self.config.partial_rollouts

@@ -7,6 +7,8 @@ import sys
 import time
 from pathlib import Path
 
+import psutil
+
 ROOT = Path(__file__).resolve().parents[2]
 EXPERIMENT = str(Path(__file__).with_name("experiment.py"))
 
@@ -46,3 +48,13 @@ def wait_for_step(process, run_dir, step, log, timeout=300):
         assert process.poll() is None, Path(log).read_text()[-6000:]
         assert time.monotonic() < deadline, f"step {step} was not reached in {timeout} s"
         time.sleep(0.2)
+
+
+def kill_engine_when(process, run_dir, step, killed):
+    """Kill the SGLang scheduler of ``process`` as soon as ``step`` is logged, that is during the next rollout."""
+    while step not in metrics(run_dir) and process.poll() is None:
+        time.sleep(0.05)
+    for child in psutil.Process(process.pid).children(recursive=True):
+        if "sglang::scheduler" in " ".join(child.cmdline()):
+            child.kill()
+            killed.append(child.pid)

@@ -1,5 +1,7 @@
 """The engines ahead of the ranks: what is begun when and by which weights; dead engines wait for the right thread."""
 
+import subprocess
+import sys
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -12,6 +14,7 @@ from megarl.config import AlgorithmConfig, DebugConfig, RunConfig, TrainerConfig
 from megarl.rollout.manager import EngineError, RolloutManager
 from megarl.trainer.pipelined import PipelinedTrainer
 from megarl.trainer.rl import RLTrainer
+from tests.trainer.commands import EXPERIMENT, ROOT, kill_engine_when, metrics, run, start, wait_for_step
 
 
 class Pipeline(PipelinedTrainer):
@@ -149,3 +152,49 @@ def test_lag_without_a_correction_is_refused():
         check_algorithm(RunConfig(trainer=config.trainer, algorithm=algorithm))
     with pytest.raises(ValueError, match=r"trainer\.offload=\['optimizer'\].*trainer\.max_staleness=1"):
         TrainerConfig(max_staleness=1, offload=["optimizer"])
+
+
+@pytest.mark.slow
+def test_a_pipelined_run_is_killed_resumed_and_robbed_of_its_engine(tmp_path):
+    folder, log = tmp_path / "run", tmp_path / "log"
+    arguments = ["train", EXPERIMENT, f"trainer.run_dir={folder}", f"model.path={tmp_path / 'tiny'}"]
+    arguments += ["trainer.max_staleness=1", "algorithm.rollout_correction=truncate", "debug.deterministic=false"]
+    arguments += ["rollout.max_new_tokens=96", "trainer.num_steps=8", "trainer.eval_every=4"]
+    first = start(log, *arguments)
+    wait_for_step(first, folder, 2, log)
+    first.kill()
+    first.wait()
+    second, killed = start(log, *arguments, "weight_sync.transport=broadcast"), []
+    watcher = threading.Thread(target=kill_engine_when, args=(second, folder, 4, killed))
+    watcher.start()
+    status = second.wait(500)
+    watcher.join()
+    text = log.read_text()
+    assert status == 0, text[-6000:]
+    assert "resumed from" in text
+    assert killed, "the engine's scheduler was not found"
+    rows = metrics(folder)
+    assert list(rows) == list(range(9))
+    for step in range(1, 9):
+        assert rows[step]["rollout/staleness_max"] <= 1
+        assert rows[step]["sync/verified_tensors"] == rows[step]["sync/tensors"] > 50
+        assert rows[step]["sync/canary_abs_diff"] < 1e-4
+        assert rows[step]["actor/ppo_kl"] == 0  # the ratio is to the trainer's own policy
+    assert max(row.get("rollout/partial_fraction", 0) for row in rows.values()) > 0
+    lag = [row["training/rollout_logprobs_diff_mean"] for row in rows.values() if row.get("rollout/staleness_mean")]
+    assert min(lag) > 1e-3  # the engine's log-probs are those of the weights that sampled
+    assert rows[1]["training/rollout_logprobs_diff_mean"] < 1e-5
+
+
+@pytest.mark.slow
+def test_without_lag_it_is_the_synchronous_trainer(tmp_path):
+    arguments = [EXPERIMENT, f"model.path={tmp_path / 'tiny'}", "trainer.num_steps=3"]
+    run(tmp_path / "log", "train", *arguments, f"trainer.run_dir={tmp_path / 'sync'}")
+    program = (
+        "import sys\nfrom megarl.experiment import load_experiment\nfrom megarl.launch.run import _fit\n"
+        "from megarl.trainer.pipelined import PipelinedTrainer\n"
+        "sys.exit(_fit(PipelinedTrainer, load_experiment(sys.argv[1], sys.argv[2:], {})))"
+    )
+    command = [sys.executable, "-c", program, *arguments, f"trainer.run_dir={tmp_path / 'pipelined'}"]
+    subprocess.run(command, cwd=ROOT, check=True, timeout=400)
+    assert metrics(tmp_path / "pipelined") == metrics(tmp_path / "sync")

@@ -2,14 +2,12 @@
 
 import json
 import threading
-import time
 
-import psutil
 import pytest
 
 from megarl.config import DataConfig
 from megarl.tasks.digits import Digits
-from tests.trainer.commands import EXPERIMENT, metrics, run, start, wait_for_step
+from tests.trainer.commands import EXPERIMENT, kill_engine_when, metrics, run, start, wait_for_step
 
 
 @pytest.fixture(scope="module")
@@ -55,16 +53,6 @@ def test_a_run_directory_holds_what_the_readme_says(straight):
     assert not (straight / "checkpoints/step_000002").exists()  # checkpoint.keep=2
     groups = [json.loads(line) for line in (straight / "rollouts/step_000004.jsonl").read_text().splitlines()]
     assert groups
-
-
-def kill_engine_when(process, run_dir, step, killed):
-    """Kill the SGLang scheduler of ``process`` as soon as ``step`` is logged, that is during the next rollout."""
-    while step not in metrics(run_dir) and process.poll() is None:
-        time.sleep(0.05)
-    for child in psutil.Process(process.pid).children(recursive=True):
-        if "sglang::scheduler" in " ".join(child.cmdline()):
-            child.kill()
-            killed.append(child.pid)
 
 
 def test_killed_resumed_and_robbed_of_its_engine_a_run_gives_the_same_bits(folder, straight):

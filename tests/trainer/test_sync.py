@@ -108,7 +108,7 @@ def test_an_engine_restarted_after_the_step_does_not_hide_the_change(sync):
     engines = [Engine.remote()]
     sync.push(engines, 0, must_change=False)
     ray.get(sync.workers.rank.step.remote())
-    sync.resend(engines)
+    sync.resend(engines, 1)
     sync.push(engines, 1, must_change=True)
 
 

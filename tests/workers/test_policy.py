@@ -118,6 +118,34 @@ def train_once(config):
     return totals and dataclasses.replace(totals, seconds={}), weights
 
 
+def train_lagging(path, correction, by_advantage):
+    """On a rank: a step on what older weights sampled; its totals and weights.
+
+    The engine's log-probs are the policy's own less log(ratio). ``by_advantage``: they are the policy's own, and the
+    ratio, at most 2, is in the advantages.
+    """
+    from megarl.algorithms.weights import compute_loss_weights
+    from megarl.checkpoint.export import export_to_rank_zero
+    from megarl.data.packing import Packing, pack_bins
+
+    changes = {"kl_coef": 0.0, "entropy_coef": 0.0, "num_minibatches": 1, "rollout_correction": correction}
+    config = config_of(path, ParallelConfig(), 1, False, changes)
+    worker = worker_of(config)
+    packing, samples = Packing.of(config, worker.processor), samples_of(config, worker.processor)
+    for sample, weights in zip(samples, compute_loss_weights(samples, config.algorithm, longest=40), strict=True):
+        sample.loss_weights = weights
+        (own,) = worker.logprobs(pack_bins([sample], packing, 1)[0], 1.0, True)
+        ratio = np.random.default_rng(len(own)).uniform(0.2, 4.0, len(own))
+        if by_advantage:
+            sample.advantages[sample.loss_mask] *= ratio.clip(max=2)
+        sample.rollout_logprobs[sample.loss_mask] = own if by_advantage else own - np.log(ratio)
+    worker.load([pack_bins(samples, packing, 1)[0]])
+    worker.score()
+    totals = worker.train()
+    weights = {name: tensor.clone().numpy() for name, tensor in export_to_rank_zero(worker.model, worker.mappings)}
+    return totals.values["actor/grad_norm"], totals.sums["actor/pg_loss"], weights
+
+
 def train_nothing(path):
     """On a rank: a step from which filters took everything; the totals and whether the weights stayed."""
     import torch.distributed as dist
@@ -222,6 +250,17 @@ def test_supervised_training_knows_no_engine(model, pool, one_rank):
     metrics, _ = run(model, pool, "one rank", policy_loss="sft")
     assert metrics["actor/pg_loss"] == pytest.approx(one_rank[0]["rollout_corr/training_log_ppl"], rel=0.2)
     assert not any(name.startswith(("training/", "rollout_corr/", "actor/ppo_kl")) for name in metrics)
+
+
+def test_what_older_weights_sampled_is_weighed_by_the_ratio_to_them(model, pool):
+    ((grad_norm, loss, weights),) = pool.run(train_lagging, 1, model, "truncate", False)
+    ((expected_norm, expected_loss, expected),) = pool.run(train_lagging, 1, model, "none", True)
+    assert grad_norm == pytest.approx(expected_norm, rel=1e-4)
+    assert loss == pytest.approx(expected_loss, rel=1e-4)
+    for name, tensor in expected.items():
+        assert np.quantile(np.abs(weights[name] - tensor), 0.99) <= 2e-5, name
+    ((uncorrected, _, _),) = pool.run(train_lagging, 1, model, "none", False)
+    assert abs(uncorrected / grad_norm - 1) > 0.05
 
 
 def test_a_step_with_nothing_to_train_changes_nothing(model, pool):
