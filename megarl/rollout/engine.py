@@ -26,11 +26,12 @@ from megarl.data.processors import load_processor
 from megarl.types import FinishReason, Media
 from megarl.weight_sync.shared import share_bucket
 
-EXTERNAL_ARCHITECTURES = (
+_EXTERNAL_PROCESSORS = (  # architectures whose prompts rollout.external_processors takes
     "LlavaForConditionalGeneration",
     "LlavaNextForConditionalGeneration",
     "LlavaOnevisionForConditionalGeneration",
 )
+_EXTERNAL_MODELS = (*_EXTERNAL_PROCESSORS, "Qwen2_5_VLForConditionalGeneration")  # of rollout.external_models
 _ADAPTER = "policy"  # what SGLang calls it
 _POLL_S = 0.2  # between looks at the engine's processes
 
@@ -90,13 +91,13 @@ def engine_environment(tensor_parallel_size: int) -> dict[str, str]:
 
 def external_environment(architecture: str) -> dict[str, str]:
     """Environment variables that make SGLang import ``architecture`` from here, set before SGLang is imported."""
-    if architecture not in EXTERNAL_ARCHITECTURES:
-        return {}
-    return {
-        "SGLANG_EXTERNAL_MODEL_PACKAGE": "megarl.rollout.external_models",
-        "SGLANG_EXTERNAL_MM_MODEL_ARCH": architecture,
-        "SGLANG_EXTERNAL_MM_PROCESSOR_PACKAGE": "megarl.rollout.external_processors",
-    }
+    environment = {}
+    if architecture in _EXTERNAL_MODELS:
+        environment["SGLANG_EXTERNAL_MODEL_PACKAGE"] = "megarl.rollout.external_models"
+    if architecture in _EXTERNAL_PROCESSORS:
+        environment["SGLANG_EXTERNAL_MM_MODEL_ARCH"] = architecture
+        environment["SGLANG_EXTERNAL_MM_PROCESSOR_PACKAGE"] = "megarl.rollout.external_processors"
+    return environment
 
 
 def server_arguments(config: RunConfig, hf_dir: str, index: int) -> dict[str, Any]:

@@ -65,13 +65,10 @@ def test_ids_grids_and_pixels_equal_hugging_face(generations, generation, fps):
     pixels = processor.pixel_values(encoded.media).split(encoded.media.grids.prod(axis=1).tolist())
     assert torch.equal(torch.cat([pixels[0], pixels[2]]), expected["pixel_values_videos"])
     for tensor, name in ((processor.engine_inputs, "pixel_values"), (processor.engine_videos, "pixel_values_videos")):
-        if name == "pixel_values_videos" and processor.tokens_per_second:
-            with pytest.raises(ValueError, match="videos cannot be rolled out with a model of type qwen2_5_vl"):
-                tensor(encoded.media)
-            continue
         (inputs,) = tensor(encoded.media)
         assert inputs["format"] == "processor_output"
         assert torch.equal(inputs[name], pixels[1] if name == "pixel_values" else expected[name])
+        assert ("video_second_per_grid" in inputs) == (generation == "qwen2_5_vl")
 
 
 def hf_positions(processor, generation, tokens, media):
@@ -144,6 +141,14 @@ def test_a_long_video_is_sampled_more_thinly(generations):
         few = load(path, video_fps=5.0, max_video_frames=6).encode(ask(VIDEO, videos=[data])).media
         assert (few.grids[0][0], few.seconds[0]) == (3, pytest.approx(2 * 6.4 / 6)), generation
         assert len(load(path, max_video_frames=6).pixel_values(few)) == few.num_patches
+
+
+@pytest.mark.parametrize("generation", GENERATIONS)
+def test_no_frame_behind_the_end_is_asked_for(generations, generation):
+    processor = load(generations[generation], video_fps=2.0)  # 14 of 17: transformers' Qwen2-VL names 15, the last 17
+    media = processor.encode(ask(VIDEO, videos=[encode("packed", frames(17, 30, 30), 412)])).media
+    assert media.grids[0][0] == 7
+    assert len(processor.pixel_values(media)) == media.num_patches
 
 
 @pytest.mark.parametrize("generation", GENERATIONS)

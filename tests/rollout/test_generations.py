@@ -1,4 +1,4 @@
-"""Engines of Qwen2-VL and Qwen3-VL against Hugging Face, before and after updates, videos among the media.
+"""Engines of every Qwen-VL against Hugging Face, before and after updates, videos among the media.
 
 Each generation needs an engine of its own, half a minute to start: ``pytest -m slow``.
 """
@@ -17,7 +17,7 @@ from tests.rollout.test_engine import assert_parity, push_shared, sample
 pytestmark = pytest.mark.slow
 
 
-@pytest.fixture(scope="module", params=["qwen2_vl", "qwen3_vl"])
+@pytest.fixture(scope="module", params=["qwen2_vl", "qwen2_5_vl", "qwen3_vl"])
 def served(request, cluster, tmp_path_factory):
     """An engine of a generation, its processor, and two directories of weights; it serves the first."""
     from megarl.data.processors import load_processor

@@ -90,11 +90,13 @@ class QwenVLProcessor(Processor):
         return 1, height // self.patch_size, width // self.patch_size
 
     def frame_indices(self, header: Header) -> list[int]:
-        """The frames of a video that the model sees; Hugging Face's choice."""
+        """The frames of a video that the model sees; Hugging Face's choice, but for a last one that its rounding may
+        put behind the end."""
         if header.num_frames <= self.temporal_patch_size:
             return list(range(header.num_frames))
         metadata = VideoMetadata(total_num_frames=header.num_frames, fps=header.fps)
-        return [int(i) for i in self.video_processor.sample_frames(metadata, fps=self.data.video_fps)]
+        chosen = self.video_processor.sample_frames(metadata, fps=self.data.video_fps)
+        return [int(i) for i in chosen if i < header.num_frames]
 
     def video_size(self, num_frames: int, header: Header) -> tuple[int, int]:
         """(height, width) in pixels that the frames are resized to; bounds are those of one frame."""
@@ -156,11 +158,6 @@ class QwenVLProcessor(Processor):
         return self._engine_inputs(media, ~media.is_video, "pixel_values", "image_grid_thw")
 
     def engine_videos(self, media: Media) -> list[dict[str, Any]]:
-        if self.tokens_per_second is not None and media.is_video.any():
-            raise ValueError(
-                f"videos cannot be rolled out with a model of type {self.config.model_type}: SGLang's tower attends "
-                "to a whole video where the model attends frame by frame"
-            )
         return self._engine_inputs(media, media.is_video, "pixel_values_videos", "video_grid_thw")
 
     def _engine_inputs(self, media: Media, chosen: np.ndarray, pixels: str, grids: str) -> list[dict[str, Any]]:
@@ -169,6 +166,9 @@ class QwenVLProcessor(Processor):
         part = media.select(np.flatnonzero(chosen).tolist())
         inputs = {"format": "processor_output", pixels: self.pixel_values(part)}
         inputs[grids] = torch.as_tensor(part.grids, dtype=torch.int64)
+        if self.tokens_per_second is not None and media.is_video.any():
+            # with the images too: SGLang reads it from the first of the two (its processors/qwen_vl.py)
+            inputs["video_second_per_grid"] = torch.from_numpy(media.seconds[media.is_video])
         return [inputs]
 
     def position_ids(self, tokens: np.ndarray, media: Media) -> np.ndarray:

@@ -1,1 +1,2 @@
-"""Models that SGLang lacks; it imports every module here when SGLANG_EXTERNAL_MODEL_PACKAGE names this package."""
+"""Models that SGLang lacks or computes otherwise; it imports every module here when SGLANG_EXTERNAL_MODEL_PACKAGE names
+this package."""
