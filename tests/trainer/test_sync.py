@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import ray
 
-from megarl.config import RunConfig
+from megarl.config import RunConfig, TrainerConfig
 from megarl.data.packing import Packing
 from megarl.data.sharing import Encoding
 from megarl.trainer.rl import RLTrainer
@@ -21,14 +21,26 @@ class Engine:
 
     def __init__(self, loses=(), skews=0.0):
         self.held, self.loses, self.skews = {"a": "0", "b": "0"}, loses, skews
+        self.calls = []
+
+    def pause(self):
+        self.calls.append("pause")
+
+    def resume(self):
+        self.calls.append("resume")
+
+    def called(self):
+        return self.calls
 
     def take(self, checksums):
+        self.calls.append("take")
         self.held |= {name: value for name, value in checksums.items() if name not in self.loses}
 
     def checksums(self, adapters=False):
         return self.held
 
     def score(self, tokens, media):
+        self.calls.append("score")
         return np.array([-1.0, 0.0, -3.0]) + self.skews
 
 
@@ -74,18 +86,32 @@ def cluster():
     ray.shutdown()
 
 
-@pytest.fixture
-def sync():
+def sync_of(config):
     def positions(tokens, media):
         return np.arange(len(tokens))[None]
 
     return WeightSync(
-        RunConfig(),
+        config,
         Workers(),
         packing=Packing(64, 64, 1, positions, Encoding(num_tokens=len, cost=len, max_patches=64)),
         canary=EncodedPrompt(Prompt("t/eval/0", "t", []), TOKENS, Media()),
         banned_token_ids=[9],
     )
+
+
+@pytest.fixture
+def sync():
+    return sync_of(RunConfig())
+
+
+@pytest.mark.parametrize(
+    ("max_staleness", "calls"), [(0, ["take", "score"]), (1, ["pause", "take", "resume", "score"])]
+)
+def test_engines_amid_their_responses_stand_still_and_answer_the_canary_afterwards(max_staleness, calls):
+    engine = Engine.remote()
+    config = RunConfig(trainer=TrainerConfig(max_staleness=max_staleness))
+    sync_of(config).push([engine], 1, must_change=False)
+    assert ray.get(engine.called.remote()) == calls
 
 
 def test_what_arrived_is_counted_and_compared(sync):
