@@ -35,7 +35,7 @@ COLOURS = {"in turns": "#4c6a92", "one step ahead": "#d1603d"}
 PHASES = {
     "step": "timing_s/step",
     "generate": "timing_s/gen",
-    "wait for it": "timing_s/wait_gen",
+    "wait for samples": "timing_s/wait_gen",
     "train": "timing_s/update_actor",
     "sync": "timing_s/update_weights",
 }
@@ -91,11 +91,11 @@ def plot(runs: dict[str, list[Row]], table: dict[str, dict[str, float]], path: P
     for axes in (by_step, by_time):
         axes.grid(alpha=0.25)
         axes.margins(x=0.01)
-    parts = {"wait for it": "#e3b23c", "train": "#6a994e", "sync": "#7b6d8d"}
+    parts = {"wait for samples": "#e3b23c", "train": "#6a994e", "sync": "#7b6d8d"}
     names, bottom = list(runs)[::-1], [0.0] * len(runs)
     for part, colour in parts.items():
         widths = [table[name][part] for name in names]
-        bars.barh(names, widths, left=bottom, color=colour, label=part.replace("it", "samples"), height=0.6)
+        bars.barh(names, widths, left=bottom, color=colour, label=part, height=0.6)
         bottom = [left + width for left, width in zip(bottom, widths, strict=True)]
     rest = [max(0.0, table[name]["step"] - left) for name, left in zip(names, bottom, strict=True)]
     bars.barh(names, rest, left=bottom, color="#cccccc", label="rest", height=0.6)
@@ -123,9 +123,9 @@ def main() -> None:
     table = {name: summary(rows) for name, rows in runs.items()}
     columns = [*PHASES, "total", "last_rewards"]
     print(f"\nmedian seconds of a step, 16 prompts x 8 samples, {args.steps} steps")
-    print(f"{'':26s}" + "".join(f"{name:>14s}" for name in columns))
+    print(f"{'':26s}" + "".join(f"{name:>18s}" for name in columns))
     for name, row in table.items():
-        print(f"{name:26s}" + "".join(f"{row[column]:14.3f}" for column in columns))
+        print(f"{name:26s}" + "".join(f"{row[column]:18.3f}" for column in columns))
     fastest = {way: min(row["total"] for name, row in table.items() if name.startswith(way)) for way in COLOURS}
     ratio = fastest["in turns"] / fastest["one step ahead"]
     print(f"the same steps, in turns, take {ratio:.2f}x as long as one step ahead, each at its faster layout")
