@@ -313,12 +313,14 @@ class AlgorithmConfig:
 
     # penalties
     entropy_coef: float = 0.0
-    kl_coef: float = 0.0  # > 0 keeps a frozen reference model on the ranks
+    kl_coef: float = 0.0  # > 0 keeps a reference model on the ranks
     kl_estimator: str = "k3"  # k1 | abs | k2 | k3, with + behind: its value with the gradient of k2
     kl_placement: str = "loss"  # loss | reward
     kl_controller: str = "fixed"  # fixed | adaptive: steers kl_coef to kl_target (KL in the reward)
     kl_target: float = 0.1
     kl_horizon: int = 10000  # samples
+    reference_sync_every: int = 0  # steps, after which the reference moves towards the policy; 0: it never does
+    reference_sync_mix: float = 0.6  # share of the policy in it then (TR-DPO); 1: it becomes the policy
 
     # the engine's log-probs are not quite the trainer's (megarl.algorithms.corrections)
     rollout_correction: str = "none"  # none | truncate (TIS) | mask (MIS, IcePop) | reject (drop, but do not weigh)
@@ -346,7 +348,8 @@ class AlgorithmConfig:
         _check_not_negative("algorithm", self, "kl_coef", "clip_ratio_dual", "rollout_correction_low", "sft_coef")
         _check_not_negative("algorithm", self, "overlong_penalty", "reshape_weight", "reshape_exponent", "kl_cov_coef")
         _check_not_negative("algorithm", self, "chord_mu_warmup_steps", "chord_mu_decay_steps", "filter_max_rounds")
-        for name in ("gamma", "lam", "overlong_buffer", "chord_mu_peak", "chord_mu_valley"):
+        _check_not_negative("algorithm", self, "reference_sync_every")
+        for name in ("gamma", "lam", "overlong_buffer", "chord_mu_peak", "chord_mu_valley", "reference_sync_mix"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"algorithm.{name}={getattr(self, name)} must lie in [0, 1]")
         for name in ("clip_cov_ratio", "kl_cov_ratio"):
@@ -363,6 +366,39 @@ class AlgorithmConfig:
                 raise ValueError(f"algorithm.{low}={getattr(self, low)} must be below {high}={getattr(self, high)}")
         if not math.isfinite(self.entropy_coef):
             raise ValueError(f"algorithm.entropy_coef={self.entropy_coef} must be a number")
+
+    @property
+    def kl_in_reward(self) -> bool:
+        return self.kl_coef > 0 and self.kl_placement == "reward"
+
+    @property
+    def has_critic(self) -> bool:
+        return self.advantage == "gae" and self.policy_loss != "sft"
+
+
+@dataclass
+class CriticConfig:
+    """The model that ``algorithm.advantage=gae`` asks for values; what is not here comes from ``optimizer``."""
+
+    path: str = ""  # Hugging Face directory that it starts from, with the policy's tokenizer; empty: model.path
+    lr: float = 1e-5
+    clip: float = 0.5  # how far a value may move in a step and still count; .inf: any distance
+    warmup_steps: int = 0  # first steps, in which the critic learns and the policy waits
+    shared_trunk: bool = False  # a head on the policy itself, with its optimizer, instead of a model of its own
+    coef: float = 0.1  # of the value loss beside the policy's, with shared_trunk
+
+    def __post_init__(self) -> None:
+        _check_not_negative("critic", self, "warmup_steps", "lr")
+        _check_positive("critic", self, "coef")
+        if not self.clip > 0:
+            raise ValueError(f"critic.clip={self.clip} must be positive, .inf for none")
+        own = CriticConfig.__dataclass_fields__
+        wrong = ("path", "lr", "warmup_steps") if self.shared_trunk else ("coef",)
+        for name in wrong:
+            if getattr(self, name) != own[name].default:
+                raise ValueError(
+                    f"critic.{name}={getattr(self, name)} does nothing with critic.shared_trunk={self.shared_trunk}"
+                )
 
 
 @dataclass
@@ -382,6 +418,7 @@ class TrainerConfig:
     resume: str = "auto"  # auto: the newest complete checkpoint of run_dir | never | a checkpoint's path
     eval_every: int = 0  # steps; 0: only before the first and after the last
     eval_prompts: int = 256  # of each task
+    ema_decay: float = 0.0  # of a float32 average over the policy's optimizer steps, exported as hf_ema/; 0: none
 
     def __post_init__(self) -> None:
         _check_positive("trainer", self, "num_nodes", "max_tokens_per_microbatch", "max_patches_per_microbatch")
@@ -395,6 +432,8 @@ class TrainerConfig:
                 f"trainer.offload={list(self.offload)} makes room while the ranks wait for the engines; with "
                 f"trainer.max_staleness={self.max_staleness} they do not wait"
             )
+        if not 0 <= self.ema_decay < 1:
+            raise ValueError(f"trainer.ema_decay={self.ema_decay} must lie in [0, 1)")
 
 
 @dataclass
@@ -441,6 +480,7 @@ class RunConfig:
     rollout: RolloutConfig = field(default_factory=RolloutConfig)
     weight_sync: WeightSyncConfig = field(default_factory=WeightSyncConfig)
     algorithm: AlgorithmConfig = field(default_factory=AlgorithmConfig)
+    critic: CriticConfig = field(default_factory=CriticConfig)
     trainer: TrainerConfig = field(default_factory=TrainerConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     observability: ObservabilityConfig = field(default_factory=ObservabilityConfig)
@@ -487,6 +527,16 @@ class RunConfig:
         Reproducible batches and SGLang's adapters cannot change on the way: their responses are finished first.
         """
         return self.trainer.max_staleness > 0 and not self.debug.deterministic and self.weight_sync.lora == "merged"
+
+    @property
+    def has_critic(self) -> bool:
+        return self.algorithm.has_critic
+
+    @property
+    def estimates(self) -> tuple[str, ...]:
+        """The streams of actions that are asked of the ranks before a step is packed."""
+        given = self.algorithm.kl_in_reward and not self.algorithm.bypass_old_logprobs
+        return (("old_logprobs",) if given else ()) + (("values", "returns") if self.has_critic else ())
 
     @property
     def world_size(self) -> int:

@@ -32,7 +32,7 @@ def _leaves(tree: dict[str, Any], prefix: str = "") -> list[str]:
 
 def _unknown(key: str, tree: DictConfig) -> str:
     known = _leaves(OmegaConf.to_container(tree, resolve=False))
-    last = {k.rpartition(".")[2]: k for k in known}
+    last = {k.rpartition(".")[2]: k for k in reversed(known)}
     near = difflib.get_close_matches(key, known, n=1) or [
         last[name] for name in difflib.get_close_matches(key.rpartition(".")[2], last, n=1)
     ]

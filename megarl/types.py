@@ -108,6 +108,9 @@ class Trajectory:
     action_rewards: np.ndarray | None = None  # [N] float32 earned at single actions besides; None: nothing
     greedy_reward: float | None = None  # of a greedy response to the same prompt; None: there was none
     values: np.ndarray | None = None  # [N] float32 expected by a critic; None: there is none
+    returns: np.ndarray | None = None  # [N] float32, what the critic is to learn; None: there is none
+    old_logprobs: np.ndarray | None = None  # [N] float32 of the policy at the step's start; None: not known here
+    ref_logprobs: np.ndarray | None = None  # [N] float32 of the reference; None: not known here
     expert_mask: np.ndarray | None = None  # [N] bool, True where an expert acted; None: nowhere
     keep: bool = True  # False: compared with, but not trained (algorithms.filters)
     advantages: np.ndarray | None = None  # [N] float32, set by algorithms.advantages
@@ -160,8 +163,8 @@ class PackedBatch:
     A prompt that several sequences share may stand there once, as their parent.
 
     Position t holds the token that is read, ``labels[t]`` the token that is predicted from it, and every other stream
-    speaks of that prediction. Arrays are numpy on the way to a rank; ``old_logprobs`` and ``ref_logprobs`` are made
-    there and never travel.
+    speaks of that prediction. Arrays are numpy on the way to a rank; reference log-probs, and ``old_logprobs`` that no
+    reward depends on, are made there and never travel.
     """
 
     tokens: np.ndarray  # [T] int64
@@ -175,7 +178,19 @@ class PackedBatch:
     advantages: np.ndarray  # [T] float32
     rollout_logprobs: np.ndarray  # [T] float32
     vision: list[VisionShare | None]  # by context-parallel rank; None: no rank shows an image
+    old_logprobs: np.ndarray | None = None  # [T] float32; None: made on the ranks
+    values: np.ndarray | None = None  # [T] float32; None: there is no critic
+    returns: np.ndarray | None = None  # [T] float32; None: there is no critic
 
     @property
     def num_actions(self) -> int:
         return int((self.loss_weights != 0).sum())
+
+
+@dataclass
+class Estimates:
+    """What models say of the N actions of a microbatch before they are weighed; None: nobody asked."""
+
+    values: np.ndarray | None = None  # [N] float32
+    old_logprobs: np.ndarray | None = None  # [N] float32
+    ref_logprobs: np.ndarray | None = None  # [N] float32

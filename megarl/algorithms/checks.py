@@ -7,14 +7,13 @@ from megarl.algorithms.penalties import KL_CHOICES
 from megarl.algorithms.policy_losses import POLICY_LOSSES
 from megarl.algorithms.selections import SELECTIONS
 from megarl.algorithms.weights import LOSS_WEIGHTS
-from megarl.config import AlgorithmConfig, RunConfig, check_choice
+from megarl.config import AlgorithmConfig, CriticConfig, RunConfig, check_choice
 from megarl.registry import load_file
 
 _NO_EXPERT = "an expert's actions (Trajectory.expert_mask)"
 # Formulas that exist while the trainer does not make their streams yet: (knob, value) -> what is missing. Whoever makes
 # it deletes the row.
 UNWIRED: dict[tuple[str, object], str] = {
-    ("advantage", "gae"): "a critic's values (Trajectory.values)",
     ("advantage", "srft"): _NO_EXPERT,
     ("policy_loss", "luffy"): _NO_EXPERT,
     ("policy_loss", "srft"): _NO_EXPERT,
@@ -73,6 +72,7 @@ def check_algorithm(config: RunConfig) -> None:
     _check_read(c)
     _check_rewards(c, config.rollout.group_size)
     _check_correction(c)
+    _check_models(config)
     uncorrected = c.policy_loss != "sft" and c.rollout_correction == "none" and not c.bypass_old_logprobs
     if config.trainer.max_staleness and uncorrected:
         raise ValueError(
@@ -89,15 +89,6 @@ def _check_wired(c: AlgorithmConfig) -> None:
     if c.expert_gate >= 0:
         raise ValueError(
             f"algorithm.expert_gate={c.expert_gate} needs {_NO_EXPERT}, which the trainer does not make yet"
-        )
-    if c.kl_placement == "reward" and c.kl_coef > 0:
-        raise ValueError(
-            "algorithm.kl_placement=reward needs the reference's log-probs before advantages are computed, which the "
-            "trainer does not give yet; algorithm.kl_placement=loss works"
-        )
-    if c.kl_controller == "adaptive":
-        raise ValueError(
-            "algorithm.kl_controller=adaptive needs algorithm.kl_placement=reward, which does not work yet"
         )
 
 
@@ -151,4 +142,41 @@ def _check_correction(c: AlgorithmConfig) -> None:
     if c.policy_loss in SELECTIONS:
         raise ValueError(
             f"algorithm.policy_loss={c.policy_loss} selects by the trainer's log-probs: no bypass_old_logprobs"
+        )
+
+
+def _check_models(config: RunConfig) -> None:
+    """The models beside the policy: reference, critic, average."""
+    c = config.algorithm
+    if c.policy_loss != "sft":
+        if c.kl_controller == "adaptive" and not c.kl_in_reward:
+            raise ValueError(
+                "algorithm.kl_controller=adaptive needs algorithm.kl_placement=reward and algorithm.kl_coef > 0, where "
+                "it starts"
+            )
+        if not config.has_critic and config.critic != CriticConfig():
+            raise ValueError(f"critic.* does nothing with algorithm.advantage={c.advantage}: gae reads it")
+        if c.reference_sync_every and not c.kl_coef:
+            raise ValueError(
+                f"algorithm.reference_sync_every={c.reference_sync_every} does nothing without algorithm.kl_coef"
+            )
+        if c.reference_sync_mix != AlgorithmConfig.reference_sync_mix and not c.reference_sync_every:
+            raise ValueError(
+                f"algorithm.reference_sync_mix={c.reference_sync_mix} does nothing without "
+                "algorithm.reference_sync_every"
+            )
+    if c.reference_sync_every and config.model.lora.rank:
+        raise ValueError(
+            f"algorithm.reference_sync_every={c.reference_sync_every} needs a reference of its own; that of "
+            "model.lora.rank > 0 is the policy without its adapters"
+        )
+    if config.trainer.ema_decay and not config.checkpoint.export_hf:
+        raise ValueError(
+            f"trainer.ema_decay={config.trainer.ema_decay} does nothing without checkpoint.export_hf=True, which "
+            "writes the average"
+        )
+    if config.critic.warmup_steps and config.critic.warmup_steps >= config.trainer.num_steps:
+        raise ValueError(
+            f"critic.warmup_steps={config.critic.warmup_steps} leaves no step of trainer.num_steps="
+            f"{config.trainer.num_steps} to the policy"
         )

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+import numpy as np
+import torch
 from torch import Tensor
 
 from megarl.algorithms.policy_losses import MAX_LOG_RATIO, Actions, Metrics
 from megarl.config import AlgorithmConfig, check_choice
+from megarl.types import Trajectory
 
 MAX_KL = 10.0  # of one action by k3, which is exponential
 # log-ratio u = log(reference / policy) of the sampled action -> estimate of KL(policy || reference)
@@ -44,11 +47,6 @@ def penalties(actions: Actions, config: AlgorithmConfig) -> tuple[Tensor, Metric
     return loss, metrics
 
 
-def kl_rewards(logprobs: Tensor, ref_logprobs: Tensor, coef: float, estimator: str) -> Tensor:
-    """What every action [N] earns for its divergence from the reference: ``Trajectory.action_rewards``."""
-    return -coef * kl_divergence(logprobs, ref_logprobs, estimator).detach()
-
-
 @dataclass
 class KLController:
     """The coefficient of the KL in the reward, fixed or steered to a target (arXiv:1909.08593)."""
@@ -67,3 +65,22 @@ class KLController:
         if self.target:
             error = min(max(kl / self.target - 1, -0.2), 0.2)
             self.coef *= 1 + error * num_samples / self.horizon
+
+
+def apply_kl_penalty(trajectories: Sequence[Trajectory], controller: KLController, estimator: str) -> dict[str, float]:
+    """Take from what every action earns its divergence from the reference, and steer; what to log, as verl does.
+
+    Trajectories have ``ref_logprobs``, and ``old_logprobs`` unless the engine's stand for them.
+    """
+    coef, means = controller.coef, []
+    for trajectory in trajectories:
+        policy = trajectory.rollout_logprobs if trajectory.old_logprobs is None else trajectory.old_logprobs
+        kl = kl_divergence(torch.from_numpy(policy), torch.from_numpy(trajectory.ref_logprobs), estimator).numpy()
+        kl = np.where(trajectory.loss_mask, kl, 0).astype(np.float32)
+        earned = 0.0 if trajectory.action_rewards is None else trajectory.action_rewards
+        trajectory.action_rewards = (earned - coef * kl).astype(np.float32)
+        if trajectory.loss_mask.any():
+            means.append(kl[trajectory.loss_mask].mean())
+    mean = float(np.mean(means)) if means else 0.0
+    controller.update(mean, len(trajectories))
+    return {"actor/reward_kl_penalty": mean, "actor/reward_kl_penalty_coeff": coef}

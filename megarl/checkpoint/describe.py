@@ -18,6 +18,7 @@ from megarl.checkpoint import megatron
 from megarl.checkpoint.huggingface import HFReader, check_keys, read_config
 from megarl.checkpoint.manifest import MANIFEST_FILE, read_manifest
 from megarl.checkpoint.parity import PARITY_FILE
+from megarl.checkpoint.parts import is_weight
 from megarl.config import ParallelConfig
 from megarl.models.family import FAMILIES
 
@@ -52,7 +53,7 @@ def describe(directory: str | Path) -> list[str]:
     sizes = f"{number(sum(r.num_elements for r in rows))} elements, {number(sum(r.num_bytes for r in rows))}B"
     facts["tensors"] = f"{sum(r.copies for r in rows)}: {sizes} of {', '.join(dtypes)}"
     lines = [f"{label:13} {value}" if label else value for label, value in facts.items()]
-    weights = [row for row in rows if not row.name.startswith(megatron.OPTIMIZER_PREFIX)]
+    weights = [row for row in rows if is_weight(row.name)]
     return [*lines, "", *_table(stacked(weights)), *_optimizer(set(rows) - set(weights))]
 
 

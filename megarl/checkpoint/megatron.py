@@ -14,7 +14,7 @@ import platform
 import random
 import threading
 from collections.abc import Callable, Iterable
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
@@ -53,14 +53,13 @@ from megarl.checkpoint.manifest import (
     write_manifest,
 )
 from megarl.checkpoint.optimizer_state import OPTIMIZER_FORMAT, padded_buckets
+from megarl.checkpoint.parts import HEAD_PREFIX, Parts, is_weight, may_stay, states
 from megarl.checkpoint.progress import progress
 from megarl.config import RunConfig
 from megarl.experiment import to_yaml
 from megarl.models.common.lora import CHILD, is_adapted
 
-__all__ = ["Handle", "complete", "latest", "load", "prune", "save", "save_to"]
-
-OPTIMIZER_PREFIX = "optimizer."
+__all__ = ["Handle", "TrainedPart", "complete", "latest", "load", "prune", "save", "save_to"]
 
 logger = logging.getLogger(__name__)
 
@@ -101,6 +100,7 @@ class Handle:
             raise CheckpointError(f"saving {self.path} failed: {error}") from error
 
 
+NO_PARTS: Parts = {}
 _pending: list[Handle] = []  # at most one a process: a save waits for the one before it
 
 
@@ -148,7 +148,7 @@ def _state(model: nn.Module, optimizer: MegatronOptimizer | None, *, is_loading:
     part = _model_part(module)
     state: dict[str, Any] = {part: module.sharded_state_dict()}
     if part == "adapters":
-        state[part] = {name: tensor for name, tensor in state[part].items() if CHILD in name}
+        state[part] = {name: tensor for name, tensor in state[part].items() if CHILD in name or HEAD_PREFIX in name}
     if optimizer is not None:
         again = {"model": module.sharded_state_dict()}
         with padded_buckets(optimizer):
@@ -158,6 +158,33 @@ def _state(model: nn.Module, optimizer: MegatronOptimizer | None, *, is_loading:
                 del part["param_state"]  # it is on the first data-parallel rank only
         state["optimizer"] = sharded
     return state
+
+
+@dataclass
+class TrainedPart:
+    """A model, and what trains it if anything does."""
+
+    model: nn.Module
+    optimizer: MegatronOptimizer | None = None
+    scheduler: OptimizerParamScheduler | None = None
+
+    def sharded_state(self, *, is_loading: bool) -> dict[str, Any]:
+        """What to save or load."""
+        state = _state(self.model, self.optimizer, is_loading=is_loading)
+        if self.scheduler is not None and not is_loading:
+            state["scheduler"] = {"num_steps": self.scheduler.num_steps}
+        return state
+
+    def load_state(self, state: dict[str, Any]) -> None:
+        """Take over what was loaded; nothing is missing, that was checked."""
+        module = unwrap_model(self.model)
+        held = _model_part(module)
+        module.load_state_dict(state.get(held, {}), strict=held == "model")  # a stage without adapters has no entry
+        if self.optimizer is not None:
+            self.optimizer.load_state_dict(state["optimizer"])
+        if self.scheduler is not None:
+            self.scheduler.num_steps = 0
+            self.scheduler.step(increment=state["scheduler"]["num_steps"])
 
 
 def _sync_parameters(model: nn.Module) -> None:
@@ -177,10 +204,12 @@ def save(
     *,
     hf_dir: str | Path | None = None,
     async_save: bool = False,
+    parts: Parts = NO_PARTS,
 ) -> Handle:
     """Save ``<directory>/step_<step>``; every rank of the world calls it. See ``save_to``."""
     path = step_directory(directory, step)
-    return save_to(path, step, model, optimizer, scheduler, extra, config, hf_dir=hf_dir, async_save=async_save)
+    options = {"hf_dir": hf_dir, "async_save": async_save, "parts": parts}
+    return save_to(path, step, model, optimizer, scheduler, extra, config, **options)
 
 
 def save_to(
@@ -195,6 +224,7 @@ def save_to(
     hf_dir: str | Path | None = None,
     async_save: bool = False,
     tensor_source: writer.TensorSource | None = None,
+    parts: Parts = NO_PARTS,
 ) -> Handle:
     """Save to ``path``, replacing what is there; every rank of the world calls it with its shard.
 
@@ -203,7 +233,8 @@ def save_to(
     shards have been copied to host memory: training may go on at once, and the files are written by a thread.
     The checkpoint counts when its manifest is there, which is after all ranks have written. The next save waits for
     this one; so does the interpreter's exit. Wait on the handle before killing the process. With ``tensor_source`` the
-    tensors come from there one by one when they are written, and ``model`` may be without data.
+    tensors come from there one by one when they are written, and ``model`` may be without data. ``parts`` are saved
+    beside the policy.
     """
     while _pending:
         _pending.pop().wait()
@@ -221,9 +252,7 @@ def save_to(
         strategy = writer.SnapshotStrategy(partial(writer.SnapshotWriter, copy=async_save))
     else:
         strategy = writer.SnapshotStrategy(partial(writer.StreamingWriter, source=tensor_source))
-    state = _state(model, optimizer, is_loading=False)
-    if scheduler is not None:
-        state["scheduler"] = {"num_steps": scheduler.num_steps}
+    state = TrainedPart(model, optimizer, scheduler).sharded_state(is_loading=False) | states(parts, is_loading=False)
     contents = [*state, *(["rng"] if optimizer is not None else [])]
     dist_checkpointing.save(
         state, str(path / "state"), strategy, async_sharded_save=True, content_metadata=dict(OPTIMIZER_FORMAT)
@@ -306,11 +335,14 @@ def intact(path: Path) -> Manifest:
     return manifest
 
 
-def check_tensors(path: Path, model: nn.Module, optimizer: MegatronOptimizer | None = None) -> None:
+def check_tensors(
+    path: Path, model: nn.Module, optimizer: MegatronOptimizer | None = None, parts: Parts = NO_PARTS
+) -> None:
     """Raise on every rank one ``CheckpointError`` that lists tensors that are missing, unknown or of another shape."""
     stored = read_index(path).state_dict_metadata
     problems, requested = [], set()
-    for item in nested_values(load_preprocess(_state(model, optimizer, is_loading=True))[0]):
+    state = _state(model, optimizer, is_loading=True) | states(parts, is_loading=True)
+    for item in nested_values(load_preprocess(state)[0]):
         if not isinstance(item, ShardedTensor):
             continue
         requested.add(item.key)
@@ -320,7 +352,8 @@ def check_tensors(path: Path, model: nn.Module, optimizer: MegatronOptimizer | N
             ours, theirs = list(item.global_shape), list(stored[item.key].size)
             problems.append(f"wrong shape: {item.key} is {theirs} in the checkpoint and {ours} in the model")
     problems, requested = _on_any_rank(problems), set(_on_any_rank(requested))
-    weights = {key for key, entry in stored.items() if hasattr(entry, "size") and not key.startswith(OPTIMIZER_PREFIX)}
+    weights = {key for key, entry in stored.items() if hasattr(entry, "size") and is_weight(key)}
+    weights = {key for key in weights if not may_stay(key, parts)}
     problems += [f"unknown: {key} is in the checkpoint and not in the model" for key in sorted(weights - requested)]
     if problems:
         raise CheckpointError(f"{path} does not fit the model: {listed(problems)}")
@@ -331,12 +364,13 @@ def load(
     model: nn.Module,
     optimizer: MegatronOptimizer | None = None,
     scheduler: OptimizerParamScheduler | None = None,
+    parts: Parts = NO_PARTS,
 ) -> dict[str, Any]:
-    """Fill model, optimizer and schedule from a complete checkpoint; its ``extra``. Every rank of the world calls it.
+    """Fill model, optimizer, schedule and ``parts`` from a complete checkpoint; its ``extra``.
 
-    Any layout loads. The random generators are restored when ranks and layout are those that saved, and stay as they
-    are otherwise. The schedule takes its place; its shape is the configuration's. ``CheckpointError`` names what is
-    missing, damaged or of another shape.
+    Every rank of the world calls it. Any layout loads. The random generators are restored when ranks and layout are
+    those that saved, and stay as they are otherwise. The schedule takes its place; its shape is the configuration's.
+    ``CheckpointError`` names what is missing, damaged or of another shape.
     """
     path = Path(path)
     manifest = intact(path)
@@ -346,21 +380,19 @@ def load(
             f"{path} holds {', '.join(manifest.contents)}, and a model with model.lora.rank "
             f"{'> 0' if held == 'adapters' else '= 0'} needs its {held}: see the checkpoint's config.yaml"
         )
-    for name, part in (("optimizer", optimizer), ("scheduler", scheduler)):
+    for name, part in (("optimizer", optimizer), ("scheduler", scheduler), *parts.items()):
         if part is not None and name not in manifest.contents:
             raise CheckpointError(f"{path} holds no {name}, only {', '.join(manifest.contents)}: load it without")
-    check_tensors(path, model, optimizer)
+    check_tensors(path, model, optimizer, parts)
+    policy = TrainedPart(model, optimizer, scheduler)
     try:
-        state = dist_checkpointing.load(_state(model, optimizer, is_loading=True), str(path / "state"))
+        wanted = policy.sharded_state(is_loading=True) | states(parts, is_loading=True)
+        state = dist_checkpointing.load(wanted, str(path / "state"))
     except (CheckpointingException, CheckpointException, RuntimeError) as error:
         raise CheckpointError(f"{path}: the tensors cannot be read: {error}") from error
-    # nothing is missing, that was checked; a stage without adapters has no entry
-    unwrap_model(model).load_state_dict(state.get(held, {}), strict=held == "model")
-    if optimizer is not None:
-        optimizer.load_state_dict(state["optimizer"])
-    if scheduler is not None:
-        scheduler.num_steps = 0
-        scheduler.step(increment=state["scheduler"]["num_steps"])
+    policy.load_state(state)
+    for name, part in parts.items():
+        part.load_state(state.get(name, {}))
     _restore_rng(path, manifest)
     return json.loads((path / "extra.json").read_text())
 

@@ -34,6 +34,7 @@ class Packing:
     share_prompts: bool = False  # lay out a prompt once for all of its samples in a bin
     sequence_multiple: int = 1  # each sequence's length is padded to it, so that context parallelism can cut it
     num_bins_multiple: int = 1  # of the bins of a data-parallel rank, as an interleaved pipeline wants them
+    estimates: tuple[str, ...] = ()  # streams besides those that every run has: old_logprobs, values, returns
 
     @classmethod
     def of(cls, config: RunConfig, processor: Processor) -> Packing:
@@ -56,6 +57,7 @@ class Packing:
             ),
             pad_token_id=processor.eos_token_ids[0],
             share_prompts=config.trainer.share_prompts,
+            estimates=config.estimates,
         )
 
     def length(self, sample: Sample, previous: Sample | None = None) -> int:
@@ -132,17 +134,19 @@ def _lay_out(samples: Sequence[Sample], packing: Packing) -> tuple[PackedBatch, 
         if id(sample) not in positions:
             positions[id(sample)] = packing.position_ids(sample.tokens[:-1].astype(np.int64), sample.media)
 
-        def stream(values: np.ndarray | None, predicted: slice = predicted) -> np.ndarray:
-            length = predicted.stop - predicted.start
+        length = segment.stop - segment.start
+
+        def stream(values: np.ndarray | None, predicted: slice = predicted, length: int = length) -> np.ndarray:
             return np.zeros(length, np.float32) if values is None else values[predicted].astype(np.float32)
 
         part = (
             sample.tokens[read].astype(np.int64),
             sample.tokens[predicted].astype(np.int64),
-            np.full(segment.stop - segment.start, index),
+            np.full(length, index),
             stream(sample.loss_weights),
             stream(sample.advantages),
             stream(sample.rollout_logprobs),
+            np.array([stream(getattr(sample, name)) for name in packing.estimates], np.float32).reshape(-1, length),
             positions[id(sample)][:, read],
         )
         pad = -len(part[0]) % packing.sequence_multiple
@@ -154,7 +158,7 @@ def _lay_out(samples: Sequence[Sample], packing: Packing) -> tuple[PackedBatch, 
         parts.append(_padding(pad, len(parts), packing))
         parents.append(-1)
         lengths.append(0)
-    tokens, labels, sequence_ids, loss_weights, advantages, rollout_logprobs, position_ids = _join(parts)
+    tokens, labels, sequence_ids, loss_weights, advantages, rollout_logprobs, estimates, position_ids = _join(parts)
     batch = PackedBatch(
         tokens=tokens,
         labels=labels,
@@ -167,11 +171,13 @@ def _lay_out(samples: Sequence[Sample], packing: Packing) -> tuple[PackedBatch, 
         advantages=advantages,
         rollout_logprobs=rollout_logprobs,
         vision=[],
+        **dict(zip(packing.estimates, estimates, strict=True)),
     )
     return batch, Media.concatenate([segment.media for segment in segments])
 
 
-_Streams = tuple[np.ndarray, ...]  # tokens, labels, sequence ids, weights, advantages, log-probs, position ids
+# tokens, labels, sequence ids, weights, advantages, log-probs, estimates [K, length], position ids
+_Streams = tuple[np.ndarray, ...]
 
 
 def _join(parts: Sequence[_Streams]) -> _Streams:
@@ -182,7 +188,8 @@ def _padding(length: int, index: int, packing: Packing) -> _Streams:
     """Tokens of sequence ``index`` that weigh nothing."""
     tokens, zeros = np.full(length, packing.pad_token_id, np.int64), np.zeros(length, np.float32)
     places = packing.position_ids(tokens, Media())
-    return tokens, tokens, np.full(length, index), zeros, zeros, zeros, places
+    estimates = np.zeros((len(packing.estimates), length), np.float32)
+    return tokens, tokens, np.full(length, index), zeros, zeros, zeros, estimates, places
 
 
 def pack_bins(samples: Sequence[Sample], packing: Packing, data_parallel_size: int) -> list[list[PackedBatch]]:
@@ -199,6 +206,18 @@ def pack_assigned(
         for microbatch in zip(*bins, strict=True)
     ]
     return [list(rank) for rank in zip(*rounds, strict=True)]
+
+
+def by_sample(
+    samples: Sequence[Sample], bins: Sequence[Sequence[Sequence[int]]], outputs: Sequence[Sequence[np.ndarray]]
+) -> list[np.ndarray]:
+    """What ranks say of the actions of ``bins`` of ``assign_to_bins``, [n] for each of ``samples``."""
+    results: dict[int, np.ndarray] = {}
+    for rank, values_of_rank in zip(bins, outputs, strict=True):
+        for indices, values in zip(rank, values_of_rank, strict=True):
+            cuts = np.cumsum([samples[i].response_length for i in indices])[:-1]
+            results.update(zip(indices, np.split(values, cuts), strict=True) if indices else ())
+    return [results[i] for i in range(len(samples))]
 
 
 def assign_to_bins(samples: Sequence[Sample], packing: Packing, data_parallel_size: int) -> list[list[list[int]]]:

@@ -15,7 +15,7 @@ from tqdm import tqdm
 from megarl.checkpoint.manifest import read_manifest
 from megarl.config import DataConfig, RunConfig
 from megarl.data.datasets import Row, read_rows
-from megarl.data.packing import Packing, assign_to_bins, pack_assigned
+from megarl.data.packing import Packing, assign_to_bins, by_sample, pack_assigned
 from megarl.data.processors import Processor, load_processor
 from megarl.experiment import load_experiment
 from megarl.types import Sample
@@ -100,12 +100,7 @@ def score(
     """Log-probs of the actions of each sample, in the order of ``samples``."""
     bins = assign_to_bins(samples, packing, workers.data_parallel_size)
     packed = pack_assigned(samples, bins, packing)
-    results: dict[int, np.ndarray] = {}
-    for rank, outputs in zip(bins, workers.logprobs(packed, temperature=temperature, ban=ban), strict=True):
-        for indices, values in zip(rank, outputs, strict=True):
-            cuts = np.cumsum([samples[i].response_length for i in indices])[:-1]
-            results.update(zip(indices, np.split(values, cuts), strict=True) if indices else ())
-    return [results[i] for i in range(len(samples))]
+    return by_sample(samples, bins, workers.logprobs(packed, temperature=temperature, ban=ban))
 
 
 def scored(sample: Sample, logprobs: np.ndarray) -> dict[str, Any]:

@@ -97,6 +97,15 @@ class SaveRollouts(Callback):
             self.writer.write(self.trainer.step, [sample for sample in samples if sample.group_id in shown])
 
 
+class SyncReference(Callback):
+    """The reference follows the policy every ``algorithm.reference_sync_every`` steps."""
+
+    def on_step(self, samples: list[Sample], metrics: dict[str, float]) -> None:
+        every = self.config.algorithm.reference_sync_every
+        if every and self.trainer.step % every == 0:
+            self.trainer.workers.call("sync_reference")
+
+
 class Save(Callback):
     """A checkpoint every ``checkpoint.save_every`` steps, after the last, and when the run is told to stop.
 
@@ -112,6 +121,8 @@ class Save(Callback):
             self.run.save(self.trainer.workers, self.trainer.step, self.trainer.state_dict(), wait=True)
         if self.config.checkpoint.export_hf:
             self.trainer.workers.call("write_hf", str(self.run.directory / "hf"))
+            if self.config.trainer.ema_decay:
+                self.trainer.workers.call("write_hf", str(self.run.directory / "hf_ema"), average=True)
             if self.config.model.lora.rank:
                 self.trainer.workers.call("write_adapters", str(self.run.directory / "adapter"))
 

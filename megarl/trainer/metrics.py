@@ -24,6 +24,14 @@ def sample_metrics(samples: Sequence[Sample]) -> dict[str, float]:
     spread("critic/score", [s.reward for s in samples])
     spread("critic/rewards", total_rewards(samples))
     spread("critic/advantages", np.concatenate([s.advantages[s.loss_mask] for s in samples]))
+    acted = [s for s in samples if s.returns is not None and s.loss_mask.any()]
+    if acted:
+        values, returns = (
+            np.concatenate([getattr(s, name)[s.loss_mask] for s in acted]) for name in ("values", "returns")
+        )
+        spread("critic/values", values)
+        spread("critic/returns", returns)
+        metrics["critic/vf_explained_var"] = 1 - np.var(returns - values) / (np.var(returns) + 1e-5)
     spread("response_length", [s.response_length for s in samples])
     spread("prompt_length", [len(s.tokens) - s.response_length for s in samples])
     metrics["response_length/clip_ratio"] = np.mean([s.finish_reason == "length" for s in samples])

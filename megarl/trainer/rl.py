@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from ray.exceptions import RayError
 
-from megarl.algorithms.advantages import compute_advantages
+from megarl.algorithms.advantages import compute_advantages, value_targets
 from megarl.algorithms.filters import apply_filters
 from megarl.algorithms.weights import compute_loss_weights
 from megarl.config import RunConfig
@@ -20,7 +20,8 @@ from megarl.eval.loop import Evaluation
 from megarl.rewards.runner import RewardRunner
 from megarl.rollout.manager import RolloutManager
 from megarl.tasks.task import build_tasks, reward_functions
-from megarl.trainer.callbacks import Callback, Evaluate, MismatchAlarm, Report, Save, SaveRollouts
+from megarl.trainer.callbacks import Callback, Evaluate, MismatchAlarm, Report, Save, SaveRollouts, SyncReference
+from megarl.trainer.estimates import Estimator
 from megarl.trainer.metrics import sample_metrics, staleness_metrics
 from megarl.trainer.run import Run, prompt_source
 from megarl.trainer.sampler import Rollout, StepSampler
@@ -45,7 +46,9 @@ class RLTrainer:
         self.source = prompt_source(config, self.tasks, self.processor)
         if "source" in saved:
             self.source.load_state_dict(saved["source"])
-        self.state: dict[str, Any] = {"source": self.source.state_dict()}
+        self.estimator = Estimator(config, self.workers, self.packing)
+        self.estimator.load_state_dict(saved)
+        self.state: dict[str, Any] = {"source": self.source.state_dict()} | self.estimator.state_dict()
         self.rewards = RewardRunner(reward_functions(config), config.rewards)
         self.rollout = RolloutManager(
             self.engine_config(), hf_dir, sync=lambda engines: self.sync.resend(engines, self.step)
@@ -61,6 +64,7 @@ class RLTrainer:
         self.sampler = StepSampler(config, self.source, self.rollout, self.rewards)
         self.evaluation = Evaluation(config, self.tasks, self.processor, self.rollout, self.rewards)
         self.callbacks: list[Callback] = [
+            SyncReference(self),
             Evaluate(self),
             SaveRollouts(self),
             MismatchAlarm(self),
@@ -81,12 +85,12 @@ class RLTrainer:
             with self.run.timer("step"):
                 rollout = self.generate(step)
                 samples = rollout.samples
-                metrics = rollout.metrics | self.weigh(rollout)
+                metrics = rollout.metrics | self.estimator.add_to(samples) | self.weigh(rollout)
                 minibatches = self.pack(samples)
                 self.workers.load(minibatches)
                 self.workers.score()
                 metrics |= balance_metrics(minibatches) | self.workers.train()
-                self.step, self.state = step, {"source": rollout.source}
+                self.step, self.state = step, {"source": rollout.source} | self.estimator.state_dict()
                 with self.run.timer("update_weights"):
                     metrics |= self.push(must_change=metrics["actor/grad_norm"] * metrics["actor/lr"] > 0)
             for callback in self.callbacks:
@@ -138,6 +142,9 @@ class RLTrainer:
         filtered = apply_filters(samples, self.config.algorithm, self.config.rollout.max_new_tokens)
         for sample, advantages in zip(samples, compute_advantages(samples, self.config.algorithm), strict=True):
             sample.advantages = advantages
+        if self.config.has_critic:
+            for sample, returns in zip(samples, value_targets(samples, self.config.algorithm), strict=True):
+                sample.returns = returns
         self.dropped += rollout.reward_dropped
         dropped = {"data/overlong_dropped": sum(rollout.source["dropped"].values()), "reward/dropped": self.dropped}
         return sample_metrics(samples) | staleness_metrics(samples, self.step) | filtered | dropped

@@ -8,12 +8,13 @@ import torch
 
 from megarl.checkpoint.adapters import load_peft
 from megarl.checkpoint.huggingface import load_hf, read_config
-from megarl.config import RunConfig
+from megarl.config import OptimizerConfig, RunConfig
 from megarl.models.common import lora
 from megarl.models.common.interleaved import chunks_of
 from megarl.models.family import build_stage, family_of
 from megarl.models.mapping import Mapping
 from megarl.parallel import mcore_cpu
+from megarl.workers.passes import Trained
 
 mcore_cpu.install()
 
@@ -22,7 +23,8 @@ from megatron.core.distributed import (  # noqa: E402
     DistributedDataParallelConfig,
     finalize_model_grads,
 )
-from megatron.core.optimizer import MegatronOptimizer, OptimizerConfig, get_megatron_optimizer  # noqa: E402
+from megatron.core.optimizer import OptimizerConfig as MegatronOptimizerConfig  # noqa: E402
+from megatron.core.optimizer import get_megatron_optimizer  # noqa: E402
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler  # noqa: E402
 from megatron.core.transformer.module import MegatronModule  # noqa: E402
 
@@ -57,10 +59,11 @@ def add_adapters(
     return adapters
 
 
-def build_trainable(
-    config: RunConfig, model: MegatronModule
-) -> tuple[list[DistributedDataParallel], MegatronOptimizer, OptimizerParamScheduler]:
-    """Wrap the chunks of ``model`` for data parallelism and give it an optimizer; frozen parts stay out of both."""
+def build_trainable(config: RunConfig, model: MegatronModule, c: OptimizerConfig, num_updates: int) -> Trained:
+    """Wrap the chunks of ``model`` for data parallelism and give it an optimizer; frozen parts stay out of both.
+
+    ``num_updates`` is how long the learning rate decays.
+    """
     model.freeze(config.model.freeze)
     bf16 = config.model.dtype == "bfloat16"
     distributed = config.parallel.use_distributed_optimizer
@@ -69,9 +72,8 @@ def build_trainable(
     for number, chunk in enumerate(chunks_of(model)):
         ddp.append(DistributedDataParallel(chunk.config, ddp_config, chunk, disable_bucketing=number > 0))
         chunk.config.finalize_model_grads_func = finalize_model_grads
-    c = config.optimizer
     optimizer = get_megatron_optimizer(
-        OptimizerConfig(
+        MegatronOptimizerConfig(
             optimizer="adam",
             lr=c.lr,
             min_lr=c.min_lr,
@@ -86,18 +88,17 @@ def build_trainable(
         ),
         ddp,
     )
-    updates = config.trainer.num_steps * config.algorithm.num_minibatches * config.algorithm.num_epochs
     scheduler = OptimizerParamScheduler(
         optimizer,
         init_lr=0.0,
         max_lr=c.lr,
         min_lr=c.lr if c.lr_decay_style == "constant" else c.min_lr,
         lr_warmup_steps=c.lr_warmup_steps,
-        lr_decay_steps=max(updates, c.lr_warmup_steps + 1),
+        lr_decay_steps=max(num_updates, c.lr_warmup_steps + 1),
         lr_decay_style=c.lr_decay_style,
         start_wd=c.weight_decay,
         end_wd=c.weight_decay,
         wd_incr_steps=0,
         wd_incr_style="constant",
     )
-    return ddp, optimizer, scheduler
+    return Trained(model, ddp, optimizer, scheduler)

@@ -16,10 +16,11 @@ from ray.exceptions import RayActorError, RayTaskError
 
 from megarl.algorithms.corrections import finish
 from megarl.config import RunConfig
-from megarl.types import PackedBatch, VisionShare
+from megarl.types import Estimates, PackedBatch, VisionShare
 from megarl.utils.errors import RunFailure
 from megarl.utils.network import free_port
-from megarl.workers.policy import PolicyWorker, Totals
+from megarl.workers.passes import Totals
+from megarl.workers.policy import PolicyWorker
 
 
 class WorkerError(RunFailure):
@@ -119,6 +120,10 @@ class WorkerGroup:
         """Old and reference log-probs of what was loaded; they stay on the ranks."""
         self.call("score")
 
+    def estimate(self, bins: list[list[PackedBatch]]) -> list[list[Estimates]]:
+        """What models say of the actions of ``[data-parallel rank][microbatch]``, in the same order."""
+        return self._by_bin(self.dispatch("estimate", bins))
+
     def train(self) -> dict[str, float]:
         """The optimizer updates on what was loaded; metrics over all actions of the step."""
         return merge([totals for totals in self.call("train") if totals is not None])
@@ -134,7 +139,10 @@ class WorkerGroup:
 
     def logprobs(self, bins: list[list[PackedBatch]], *, temperature: float, ban: bool) -> list[list[np.ndarray]]:
         """Log-probs of the actions of ``[data-parallel rank][microbatch]``, in the same order."""
-        outputs = self.dispatch("logprobs", bins, temperature, ban)
+        return self._by_bin(self.dispatch("logprobs", bins, temperature, ban))
+
+    def _by_bin(self, outputs: list[Any]) -> list[Any]:
+        """By data-parallel rank, from the ranks that answer."""
         speakers = {self.config.data_parallel_rank(rank): out for rank, out in enumerate(outputs) if out is not None}
         return [speakers[rank] for rank in range(self.data_parallel_size)]
 

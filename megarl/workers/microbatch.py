@@ -35,7 +35,9 @@ class MicroBatch:
     sequence_ids: Tensor  # [N] int64
     num_sequences: int
     uniform: Tensor  # [N] float64, see Actions
-    old_logprobs: Tensor | None = None  # [N] float32, by PolicyWorker.score
+    values: Tensor | None = None  # [N] float32, at the step's start; None: there is no critic
+    returns: Tensor | None = None  # [N] float32
+    old_logprobs: Tensor | None = None  # [N] float32, by PolicyWorker.estimate or score
     ref_logprobs: Tensor | None = None  # [N] float32, by PolicyWorker.score
     selected: Tensor | None = None  # [N] bool, by PolicyWorker.score
 
@@ -57,6 +59,9 @@ def to_device(
 
     def tensor(array: np.ndarray) -> Tensor:
         return torch.from_numpy(np.ascontiguousarray(array)).to(device)
+
+    def estimate(array: np.ndarray | None) -> Tensor | None:
+        return None if array is None else tensor(array[actions])
 
     vision = None
     if pixel_values is not None and (share := batch.vision[cp_rank]) is not None:
@@ -89,4 +94,7 @@ def to_device(
         sequence_ids=tensor(batch.sequence_ids[actions]),
         num_sequences=len(batch.cu_seqlens) - 1,
         uniform=tensor(action_uniforms(*(stream[actions] for stream in identity))),
+        values=estimate(batch.values),
+        returns=estimate(batch.returns),
+        old_logprobs=estimate(batch.old_logprobs),
     )

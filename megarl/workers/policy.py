@@ -8,9 +8,8 @@ from __future__ import annotations
 
 import time
 from collections import defaultdict
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass, field
 from datetime import timedelta
 from functools import partial
 from pathlib import Path
@@ -32,19 +31,22 @@ from megarl.checkpoint import megatron as checkpoints
 from megarl.checkpoint.adapters import write_peft
 from megarl.checkpoint.export import export_tensors, export_to_rank_zero
 from megarl.checkpoint.huggingface import write_hf
+from megarl.checkpoint.parts import Part
 from megarl.config import RunConfig
 from megarl.data.processors import load_processor
 from megarl.kernels.logprob import linear_logprob
 from megarl.models.common.interleaved import chunks_of
 from megarl.models.common.lora import HF_A, adapters_off, served
 from megarl.parallel import groups, mcore_cpu
-from megarl.parallel.context import collect, sum_over
-from megarl.parallel.pipeline import forward_backward
-from megarl.types import PackedBatch
+from megarl.parallel.context import sum_over
+from megarl.types import Estimates, PackedBatch
 from megarl.utils.checksum import tensor_checksum
+from megarl.workers.averages import Ema, mix
 from megarl.workers.build import add_adapters, build_model, build_trainable
+from megarl.workers.critic import Critic, action_values, add_value_head, value_losses
 from megarl.workers.microbatch import MicroBatch, to_device
 from megarl.workers.offload import Offload
+from megarl.workers.passes import Outputs, Totals, keep, run, speaks, whole
 from megarl.workers.selection import mark_selected
 from megarl.workers.sender import WeightSender
 
@@ -53,20 +55,7 @@ mcore_cpu.install()
 from megatron.core import parallel_state  # noqa: E402
 from megatron.core.transformer.module import MegatronModule  # noqa: E402
 
-Outputs = tuple[Tensor, Tensor, Any]  # loss, number of actions, what is returned for the microbatch
-After = Callable[[MegatronModule, MicroBatch, Tensor], Outputs]
 COLLECTIVE_TIMEOUT = timedelta(minutes=10)
-
-
-@dataclass
-class Totals:
-    """What a rank has to say about the actions it trained; sums are over actions."""
-
-    count: int = 0
-    sums: dict[str, float] = field(default_factory=dict)
-    maxima: dict[str, float] = field(default_factory=dict)
-    values: dict[str, float] = field(default_factory=dict)  # the same on every rank, of the last optimizer step
-    seconds: dict[str, float] = field(default_factory=dict)  # by phase
 
 
 class PolicyWorker:
@@ -116,14 +105,28 @@ class PolicyWorker:
         lora = c.model.lora.rank > 0
         self.model, self.mappings = build_model(c, c.model.path if lora else hf_dir, weights=weights or lora)
         self.adapters = add_adapters(c, self.model, self.mappings, weights=weights)
-        self.ddp = self.optimizer = self.scheduler = self.reference = None
+        if c.has_critic and c.critic.shared_trunk:
+            add_value_head(self.model)
+        self.ddp = self.optimizer = self.scheduler = self.trained = self.reference = self.critic = self.ema = None
         if trainable:
-            self.ddp, self.optimizer, self.scheduler = build_trainable(c, self.model)
-            if c.algorithm.kl_coef > 0 and not lora:
-                self.reference, _ = build_model(c, c.model.path)
-                self.reference.requires_grad_(False)
-        models = [self.model] if self.reference is None else [self.model, self.reference]
+            self._build_training(weights)
+        models = [model for model in (self.model, self.reference, self.ema) if model is not None]
         self.offload = Offload(c.trainer.offload, models, self.ddp or [], self.optimizer)
+
+    def _build_training(self, weights: bool) -> None:
+        c = self.config
+        updates = c.algorithm.num_minibatches * c.algorithm.num_epochs
+        frozen = c.critic.warmup_steps if c.has_critic else 0
+        trained = build_trainable(c, self.model, c.optimizer, updates * (c.trainer.num_steps - frozen))
+        self.ddp, self.optimizer, self.scheduler = trained.ddp, trained.optimizer, trained.scheduler
+        self.trained = trained
+        if c.algorithm.kl_coef > 0 and not c.model.lora.rank:
+            self.reference, _ = build_model(c, c.model.path)
+            self.reference.requires_grad_(False)
+        if c.has_critic and not c.critic.shared_trunk:
+            self.critic = Critic(c, weights=weights)
+        if c.trainer.ema_decay:
+            self.ema = Ema(self.model, c.trainer.ema_decay)
 
     # ---- one step -------------------------------------------------------------------------------------------------
 
@@ -141,93 +144,117 @@ class PolicyWorker:
             )
             self.microbatches = [[place(batch) for batch in minibatch] for minibatch in minibatches]
 
+    def estimate(self, batches: list[PackedBatch]) -> list[Estimates] | None:
+        """What advantages are made of besides rewards, for each bin; None where it is not computed."""
+        self.load([batches])
+        (microbatches,), self.microbatches = self.microbatches, []
+        algorithm, streams = self.config.algorithm, {}
+        if self.config.has_critic:
+            with self.timer("values"):
+                streams["values"] = whole(microbatches, self._values(microbatches))
+        if algorithm.kl_in_reward:
+            self.offload.restore("parameters")
+            if not algorithm.bypass_old_logprobs:
+                with self.timer("old_log_prob"):
+                    streams["old_logprobs"] = whole(microbatches, self._logprobs(microbatches, self.model))
+            with self.timer("ref"):
+                streams["ref_logprobs"] = whole(microbatches, self._ref_logprobs(microbatches))
+        if any(stream is None for stream in streams.values()):
+            return None
+        return [Estimates(**dict(zip(streams, bin, strict=True))) for bin in zip(*streams.values(), strict=True)]
+
     def score(self) -> None:
         """Keep ``old_logprobs``, ``ref_logprobs`` and ``selected`` beside the actions of the step.
 
         With a single optimizer step the old policy is the trained one, so its log-probs come with the training pass
-        unless a selection needs them before.
+        unless a selection needs them before. What ``estimate`` made came with the batches and is not made again.
         """
         self.offload.restore("parameters")
         flat, algorithm = [m for minibatch in self.microbatches for m in minibatch], self.config.algorithm
         select = SELECTIONS.get(algorithm.policy_loss)
-        with torch.no_grad():
-            if algorithm.bypass_old_logprobs:
-                for microbatch in flat:
-                    microbatch.old_logprobs = microbatch.rollout_logprobs
-            elif len(self.microbatches) * algorithm.num_epochs > 1 or select is not None:
-                with self.timer("old_log_prob"):
-                    self._score_into(flat, self.model, "old_logprobs")
-            if select is not None and parallel_state.is_pipeline_last_stage():
-                mark_selected(flat, select, algorithm)
-            if algorithm.kl_coef > 0:
-                with self.timer("ref"), adapters_off(self.model):
-                    self._score_into(flat, self.model if self.adapters else self.reference, "ref_logprobs")
+        if algorithm.bypass_old_logprobs:
+            for microbatch in flat:
+                microbatch.old_logprobs = microbatch.rollout_logprobs
+        elif not algorithm.kl_in_reward and (len(self.microbatches) * algorithm.num_epochs > 1 or select is not None):
+            with self.timer("old_log_prob"):
+                _set(flat, "old_logprobs", self._logprobs(flat, self.model))
+        if select is not None and parallel_state.is_pipeline_last_stage():
+            mark_selected(flat, select, algorithm)
+        if algorithm.kl_coef > 0 and not algorithm.kl_in_reward:
+            with self.timer("ref"):
+                _set(flat, "ref_logprobs", self._ref_logprobs(flat))
 
     def train(self) -> Totals | None:
         """Run the step's optimizer updates; what the rank counted, or None where the loss is not computed."""
+        totals, frozen = Totals(), False
+        if self.critic is not None:
+            frozen = self.critic.is_warming_up
+            with self.timer("update_critic"):
+                self.critic.train(self.microbatches, totals)
         self.offload.restore("parameters", "gradients", "optimizer")
-        totals = Totals()
         with self.timer("update_actor"):
             for _ in range(self.config.algorithm.num_epochs):
                 for minibatch in self.microbatches:
-                    self._update(minibatch, totals)
+                    (self._look if frozen else self._update)(minibatch, totals)
         self.microbatches = []
         totals.seconds, self.seconds = dict(self.seconds), defaultdict(float)
-        return totals if self._speaks() else None
+        return totals if speaks() else None
 
     def logprobs(self, batches: list[PackedBatch], temperature: float, ban: bool) -> list[np.ndarray] | None:
         """Log-probs [N] of the actions of each bin, or None where they are not computed; ``ban`` as in sampling."""
         self.offload.restore("parameters")
         self.load([batches])
-        with torch.no_grad():
-            outputs = self._run(self.microbatches[0], self.model, partial(self._keep, temperature, ban), train=False)
-        group = parallel_state.get_context_parallel_group()
-        whole = [
-            collect(logprobs, m.places, m.num_actions, group)
-            for m, logprobs in zip(self.microbatches[0], outputs, strict=bool(outputs))
-        ]
-        self.microbatches = []
-        return [output.cpu().numpy() for output in whole] if self._speaks() and group.rank() == 0 else None
+        (microbatches,), self.microbatches = self.microbatches, []
+        return whole(microbatches, self._logprobs(microbatches, self.model, temperature, ban))
 
     def validate(self, batches: list[PackedBatch]) -> Totals | None:
         """The loss on ``batches`` without training on them."""
         self.offload.restore("parameters")
         self.load([batches])
-        with torch.no_grad():
-            outputs = self._run(self.microbatches[0], self.model, self._loss, train=False)
-        self.microbatches = []
+        (microbatches,), self.microbatches = self.microbatches, []
         totals = Totals()
-        _accumulate(totals, outputs)
-        return totals if self._speaks() else None
+        self._look(microbatches, totals)
+        return totals if speaks() else None
+
+    def sync_reference(self) -> None:
+        """Move the reference by ``algorithm.reference_sync_mix`` of its way to the policy."""
+        self.offload.restore("parameters")
+        mix(self.reference, self.model, self.config.algorithm.reference_sync_mix)
 
     def _update(self, minibatch: list[MicroBatch], totals: Totals) -> None:
-        for chunk in self.ddp:
-            chunk.zero_grad_buffer()
-        self.optimizer.zero_grad()
-        outputs = self._run(minibatch, self.model, self._loss, train=True)
-        self.scheduler.step(increment=1)
-        _, grad_norm, _ = self.optimizer.step()
-        if not np.isfinite(grad_norm):
-            raise FloatingPointError(f"rank {self.rank}: the gradient norm is {grad_norm}; the step was not saved")
-        _accumulate(totals, outputs)
-        totals.values = {"actor/grad_norm": float(grad_norm), "actor/lr": self.optimizer.param_groups[0]["lr"]}
+        outputs, grad_norm, lr = self.trained.update(minibatch, self._loss)
+        totals.add(outputs)
+        totals.values |= {"actor/grad_norm": grad_norm, "actor/lr": lr}
+        if self.ema is not None:
+            self.ema.update()
 
-    def _score_into(self, microbatches: list[MicroBatch], model: MegatronModule, name: str) -> None:
-        keep = partial(self._keep, self.config.rollout.temperature, True)
-        outputs = self._run(microbatches, model, keep, train=False)
-        if parallel_state.is_pipeline_last_stage():
-            for microbatch, logprobs in zip(microbatches, outputs, strict=True):
-                setattr(microbatch, name, logprobs)
+    def _look(self, minibatch: list[MicroBatch], totals: Totals) -> None:
+        """What ``_update`` would log, and no update."""
+        with torch.no_grad():
+            totals.add(run(chunks_of(self.model), minibatch, self._loss, train=False))
+        totals.values |= {"actor/grad_norm": 0.0, "actor/lr": 0.0}
 
-    def _run(self, microbatches: list[MicroBatch], model: MegatronModule, after: After, *, train: bool) -> list[Any]:
-        """Send ``microbatches`` through the pipeline; what ``after`` returns for each of them on the last stage."""
+    def _logprobs(
+        self,
+        microbatches: list[MicroBatch],
+        model: MegatronModule,
+        temperature: float | None = None,
+        ban: bool = True,
+    ) -> list[Tensor]:
+        """Log-probs [N] of each microbatch on the last stage, nothing elsewhere; ``temperature`` None: of sampling."""
+        if temperature is None:
+            temperature = self.config.rollout.temperature
+        return keep(model, microbatches, lambda m, hidden: self._head(model, m, hidden, temperature, ban)[0])
 
-        def forward(iterator: Iterator[MicroBatch], module: torch.nn.Module) -> tuple[Tensor, Callable]:
-            m = next(iterator)
-            output = module(m.tokens, m.position_ids, m.cu_seqlens, m.vision, m.parents)
-            return output, partial(after, model, m)
+    def _ref_logprobs(self, microbatches: list[MicroBatch]) -> list[Tensor]:
+        with adapters_off(self.model):
+            return self._logprobs(microbatches, self.model if self.adapters else self.reference)
 
-        return forward_backward(forward, self.ddp if train else chunks_of(model), microbatches, train=train)
+    def _values(self, microbatches: list[MicroBatch]) -> list[Tensor]:
+        if self.critic is not None:
+            return self.critic.values(microbatches)
+        self.offload.restore("parameters")
+        return keep(self.model, microbatches, partial(action_values, self.model))
 
     def _head(
         self, model: MegatronModule, m: MicroBatch, hidden: Tensor, temperature: float, ban: bool
@@ -243,16 +270,12 @@ class PolicyWorker:
             tp_group=parallel_state.get_tensor_model_parallel_group(),
         )
 
-    def _keep(self, temperature: float, ban: bool, model: MegatronModule, m: MicroBatch, hidden: Tensor) -> Outputs:
-        logprobs, _ = self._head(model, m, hidden, temperature, ban)
-        return hidden.new_zeros(()), torch.zeros((), dtype=torch.int, device=self.device), logprobs
-
-    def _loss(self, model: MegatronModule, m: MicroBatch, hidden: Tensor) -> Outputs:
+    def _loss(self, m: MicroBatch, hidden: Tensor) -> Outputs:
         """The sum of the weighted losses of the actions, their number, and sums for the log."""
         config = self.config.algorithm
         supervised = config.policy_loss == "sft"
         logprobs, entropy = self._head(
-            model, m, hidden, 1.0 if supervised else self.config.rollout.temperature, ban=not supervised
+            self.model, m, hidden, 1.0 if supervised else self.config.rollout.temperature, ban=not supervised
         )
         actions = Actions(
             logprobs=logprobs,
@@ -274,15 +297,19 @@ class PolicyWorker:
             loss, metrics = loss * weights, metrics | correction_metrics | mismatch_metrics(actions, config)
         penalty, penalty_metrics = penalties(actions, config)
         metrics |= penalty_metrics | {"actor/pg_loss": loss.detach() * m.loss_weights}
+        total = ((loss + penalty) * m.loss_weights).sum()
+        if self.config.has_critic and self.config.critic.shared_trunk:
+            errors, value_metrics = value_losses(self.model, m, hidden, self.config.critic.clip)
+            total, metrics = total + self.config.critic.coef * errors.sum(), metrics | value_metrics
         sums = {name: value.sum() for name, value in metrics.items()}
         largest = {"training/rollout_probs_diff_max": metrics.get("training/rollout_probs_diff_mean")}
         maxima = {name: value.max() for name, value in largest.items() if value is not None and len(value)}
         count = torch.tensor(len(m.rows), dtype=torch.int, device=self.device)
-        return ((loss + penalty) * m.loss_weights).sum(), count, (len(m.rows), sums, maxima)
+        return total, count, (len(m.rows), sums, maxima)
 
     def release(self) -> int:
         """Free what ``trainer.offload`` names until it is needed again; the bytes that gave."""
-        return self.offload.release()
+        return self.offload.release() + (self.critic.offload.release() if self.critic is not None else 0)
 
     # ---- weights and checkpoints ------------------------------------------------------------------------------------
 
@@ -314,13 +341,13 @@ class PolicyWorker:
     def _engine_dtype(self) -> torch.dtype:
         return getattr(torch, self.config.rollout.dtype or self.config.model.dtype)
 
-    def write_hf(self, directory: str, *, merged: bool = True) -> dict[str, str]:
-        """Write the policy, with its adapters if ``merged``, as a Hugging Face directory.
+    def write_hf(self, directory: str, *, merged: bool = True, average: bool = False) -> dict[str, str]:
+        """Write the policy, with its adapters if ``merged``, or its ``average``, as a Hugging Face directory.
 
         Every rank calls it; rank 0 writes and has the checksums.
         """
         self.offload.restore("parameters")
-        with nullcontext() if merged else adapters_off(self.model):
+        with self.ema.applied() if average else nullcontext(), nullcontext() if merged else adapters_off(self.model):
             return self._write_hf(directory)
 
     def _write_hf(self, directory: str) -> dict[str, str]:
@@ -349,7 +376,7 @@ class PolicyWorker:
     def save_checkpoint(self, directory: str, step: int, extra: dict[str, Any]) -> None:
         """Begin (``checkpoint.async_save``) or make a checkpoint of everything that a resumed run needs."""
         self.finish_saving()
-        self.offload.restore("parameters", "optimizer")
+        self._restore_all()
         self.saving = checkpoints.save(
             directory,
             step,
@@ -360,6 +387,7 @@ class PolicyWorker:
             self.config,
             hf_dir=self.hf_dir,
             async_save=self.config.checkpoint.async_save,
+            parts=self._parts(),
         )
 
     def finish_saving(self) -> None:
@@ -373,8 +401,24 @@ class PolicyWorker:
 
     def load_checkpoint(self, path: str) -> dict[str, Any]:
         """Load what ``save_checkpoint`` saved, at any layout; what was saved beside it."""
-        self.offload.restore("parameters", "optimizer")
-        return checkpoints.load(path, self.model, self.optimizer, self.scheduler)
+        self._restore_all()
+        return checkpoints.load(path, self.model, self.optimizer, self.scheduler, self._parts())
+
+    def _restore_all(self) -> None:
+        for offload in (self.offload, *([self.critic.offload] if self.critic is not None else [])):
+            offload.restore("parameters", "optimizer")
+
+    def _parts(self) -> dict[str, Part]:
+        """What is saved beside the policy."""
+        parts: dict[str, Part] = {}
+        if self.critic is not None:
+            trained = self.critic.trained
+            parts["critic"] = checkpoints.TrainedPart(trained.model, trained.optimizer, trained.scheduler)
+        if self.reference is not None and self.config.algorithm.reference_sync_every:
+            parts["reference"] = checkpoints.TrainedPart(self.reference)
+        if self.ema is not None:
+            parts["ema"] = self.ema
+        return parts
 
     # ---- small things -----------------------------------------------------------------------------------------------
 
@@ -389,15 +433,8 @@ class PolicyWorker:
         yield
         self.seconds[phase] += time.perf_counter() - start
 
-    def _speaks(self) -> bool:
-        """Whether this rank answers for its actions: of the ranks that have the same, one does."""
-        return parallel_state.is_pipeline_last_stage() and parallel_state.get_tensor_model_parallel_rank() == 0
 
-
-def _accumulate(totals: Totals, outputs: list[tuple[int, dict[str, Tensor], dict[str, Tensor]]]) -> None:
-    for count, sums, maxima in outputs:
-        totals.count += count
-        for name, value in sums.items():
-            totals.sums[name] = totals.sums.get(name, 0.0) + float(value)
-        for name, value in maxima.items():
-            totals.maxima[name] = max(totals.maxima.get(name, 0.0), float(value))
+def _set(microbatches: list[MicroBatch], name: str, outputs: list[Tensor]) -> None:
+    """Keep ``outputs`` beside the actions; the last stage has some, the others have none."""
+    for microbatch, output in zip(microbatches, outputs, strict=bool(outputs)):
+        setattr(microbatch, name, output)

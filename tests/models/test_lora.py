@@ -70,7 +70,8 @@ def train(ref: PeftReference, config: RunConfig, batches: list[Batch]) -> dict[s
     groups.initialize(config.parallel, seed=0)
     model, mappings = build_model(config, ref.directory)
     adapters = add_adapters(config, model, mappings)
-    (ddp,), optimizer, _ = build_trainable(config, model)
+    trained = build_trainable(config, model, config.optimizer, num_updates=1)
+    (ddp,), optimizer = trained.ddp, trained.optimizer
     base = {n: p.detach().clone() for n, p in model.named_parameters() if ".adapter." not in n}
     logits: list[torch.Tensor] = []
 

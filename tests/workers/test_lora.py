@@ -48,9 +48,8 @@ def reference_twice(config):
     flat = [microbatch for minibatch in worker.microbatches for microbatch in minibatch]
     kept = [m.ref_logprobs for m in flat]
     assert worker.reference is None
-    with torch.no_grad():
-        worker._score_into(flat, frozen, "ref_logprobs")
-    return [(ours, m.ref_logprobs, m.old_logprobs) for ours, m in zip(kept, flat, strict=True)]
+    theirs = worker._logprobs(flat, frozen)
+    return [(ours, other, m.old_logprobs) for ours, other, m in zip(kept, theirs, flat, strict=True)]
 
 
 @pytest.mark.parametrize(

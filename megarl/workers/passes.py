@@ -1,0 +1,105 @@
+"""Passes of a rank's microbatches through a model, forward or with an optimizer step, and what they leave behind."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from megarl.models.common.interleaved import chunks_of
+from megarl.parallel.context import collect
+from megarl.parallel.pipeline import forward_backward
+from megarl.workers.microbatch import MicroBatch
+
+from megatron.core import parallel_state  # isort: skip
+from megatron.core.distributed import DistributedDataParallel  # isort: skip
+from megatron.core.optimizer import MegatronOptimizer  # isort: skip
+from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler  # isort: skip
+from megatron.core.transformer.module import MegatronModule  # isort: skip
+
+Outputs = tuple[Tensor, Tensor, Any]  # loss, number of actions, what is returned for the microbatch
+After = Callable[[MicroBatch, Tensor], Outputs]  # from the hidden states [T / cp, H] of a microbatch
+
+
+@dataclass
+class Totals:
+    """What a rank has to say about the actions it trained; sums are over actions."""
+
+    count: int = 0
+    sums: dict[str, float] = field(default_factory=dict)
+    maxima: dict[str, float] = field(default_factory=dict)
+    values: dict[str, float] = field(default_factory=dict)  # the same on every rank, of the last optimizer step
+    seconds: dict[str, float] = field(default_factory=dict)  # by phase
+
+    def add(self, outputs: list[tuple[int, dict[str, Tensor], dict[str, Tensor]]]) -> None:
+        """Take in the (count, sums, maxima) of microbatches."""
+        for count, sums, maxima in outputs:
+            self.count += count
+            for name, value in sums.items():
+                self.sums[name] = self.sums.get(name, 0.0) + float(value)
+            for name, value in maxima.items():
+                self.maxima[name] = max(self.maxima.get(name, 0.0), float(value))
+
+
+@dataclass
+class Trained:
+    """A model, wrapped for data parallelism, with its optimizer and learning-rate schedule."""
+
+    model: MegatronModule
+    ddp: list[DistributedDataParallel]
+    optimizer: MegatronOptimizer
+    scheduler: OptimizerParamScheduler
+
+    def update(self, microbatches: list[MicroBatch], after: After) -> tuple[list[Any], float, float]:
+        """An optimizer step on ``microbatches``; results by ``after``, the gradient's norm and the learning rate."""
+        for chunk in self.ddp:
+            chunk.zero_grad_buffer()
+        self.optimizer.zero_grad()
+        outputs = run(self.ddp, microbatches, after, train=True)
+        self.scheduler.step(increment=1)
+        _, grad_norm, _ = self.optimizer.step()
+        if not np.isfinite(grad_norm):
+            rank = dist.get_rank()
+            raise FloatingPointError(f"rank {rank}: the gradient norm is {grad_norm}; the step was not saved")
+        return outputs, float(grad_norm), self.optimizer.param_groups[0]["lr"]
+
+
+def run(chunks: Sequence[nn.Module], microbatches: list[MicroBatch], after: After, *, train: bool) -> list[Any]:
+    """Send ``microbatches`` through the pipeline; what ``after`` returns for each of them on the last stage."""
+
+    def forward(iterator: Iterator[MicroBatch], module: nn.Module) -> tuple[Tensor, Callable]:
+        m = next(iterator)
+        return module(m.tokens, m.position_ids, m.cu_seqlens, m.vision, m.parents), partial(after, m)
+
+    return forward_backward(forward, chunks, microbatches, train=train)
+
+
+def keep(model: MegatronModule, microbatches: list[MicroBatch], of: Callable[[MicroBatch, Tensor], Tensor]) -> list:
+    """``of`` the actions [N] of each microbatch on the last stage, without gradient; nothing elsewhere."""
+
+    def after(m: MicroBatch, hidden: Tensor) -> Outputs:
+        return hidden.new_zeros(()), torch.zeros((), dtype=torch.int, device=hidden.device), of(m, hidden)
+
+    with torch.no_grad():
+        return run(chunks_of(model), microbatches, after, train=False)
+
+
+def whole(microbatches: list[MicroBatch], outputs: list[Tensor]) -> list[np.ndarray] | None:
+    """The ``outputs`` [N] of ``keep`` with those of other context-parallel ranks, or None where others answer."""
+    group = parallel_state.get_context_parallel_group()
+    everything = [
+        collect(output, m.places, m.num_actions, group)
+        for m, output in zip(microbatches, outputs, strict=bool(outputs))
+    ]
+    return [output.cpu().numpy() for output in everything] if speaks() and group.rank() == 0 else None
+
+
+def speaks() -> bool:
+    """Whether this rank answers for its actions: of the ranks that have the same, one does."""
+    return parallel_state.is_pipeline_last_stage() and parallel_state.get_tensor_model_parallel_rank() == 0
