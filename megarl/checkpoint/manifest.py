@@ -32,7 +32,7 @@ class Manifest:
     """What a complete checkpoint holds."""
 
     step: int
-    contents: list[str]  # of model, adapters, optimizer, scheduler, rng
+    contents: list[str]  # of model, adapters, optimizer, scheduler, critic, reference, ema, rng
     parallel: dict[str, Any]  # the layout that wrote it, or for which it was converted; it loads at any
     world_size: int  # ranks that wrote it
     dtype: str  # of the parameters

@@ -68,10 +68,19 @@ class Panel:
 PANELS = [
     Panel("Reward", {"critic/score/mean": "mean score"}, "of the step's rollouts", smoothed=True),
     Panel("Response length", {"response_length/mean": "mean", "response_length/max": "longest"}, "tokens"),
-    Panel("KL", {"actor/ppo_kl": "to the step's start", "actor/kl_loss": "to the reference"}, "nats a token"),
+    Panel(
+        "KL",
+        {
+            "actor/ppo_kl": "to the step's start",
+            "actor/kl_loss": "to the reference",
+            "actor/reward_kl_penalty": "to the reference",
+        },
+        "nats a token",
+    ),
     Panel("Entropy", {"actor/entropy": "entropy"}, "nats a token"),
     Panel("Gradient norm", {"actor/grad_norm": "before clipping"}, smoothed=True),
     Panel("Policy loss", {"actor/pg_loss": "loss"}),
+    Panel("Critic", {"critic/vf_explained_var": "explained variance of the returns"}, smoothed=True),
     Panel("Clipped", {"actor/pg_clipfrac": "ratio clipped", "response_length/clip_ratio": "responses cut"}, "share"),
     Panel("Throughput", {"perf/throughput": "tokens a second"}, smoothed=True),
 ]

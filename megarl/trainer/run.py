@@ -19,6 +19,7 @@ from types import FrameType
 from typing import Any, TextIO
 
 import psutil
+from transformers import PretrainedConfig
 
 from megarl.algorithms.checks import check_algorithm
 from megarl.checkpoint import megatron as checkpoints
@@ -53,6 +54,8 @@ def check(config: RunConfig) -> None:
     build_tasks(config)
     hf_config = read_config(model_directory(config))
     family_of(hf_config).validate(hf_config, config.parallel)
+    if config.has_critic and config.critic.path:
+        _check_critic(config, hf_config)
     longest = config.data.max_prompt_length + config.rollout.max_new_tokens
     limit = hf_config.get_text_config().max_position_embeddings
     if config.algorithm.policy_loss != "sft" and longest > limit:
@@ -60,6 +63,18 @@ def check(config: RunConfig) -> None:
             f"data.max_prompt_length={config.data.max_prompt_length} and rollout.max_new_tokens="
             f"{config.rollout.max_new_tokens} are more than the model's {limit} positions"
         )
+
+
+def _check_critic(config: RunConfig, policy: PretrainedConfig) -> None:
+    """The critic reads what the policy reads, by the same layout."""
+    critic = read_config(config.critic.path)
+    family_of(critic).validate(critic, config.parallel)
+    for name, theirs, ours in (
+        ("model_type", critic.model_type, policy.model_type),
+        ("vocab_size", critic.get_text_config().vocab_size, policy.get_text_config().vocab_size),
+    ):
+        if theirs != ours:
+            raise ValueError(f"critic.path={config.critic.path}: its {name} is {theirs}, the policy's {ours}")
 
 
 def prompt_source(config: RunConfig, tasks: dict[str, Task], processor: Processor) -> PromptSource:

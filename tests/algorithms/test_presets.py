@@ -15,7 +15,7 @@ from megarl.experiment import apply_overrides, load_experiment
 from tests.algorithms import naive
 from tests.algorithms.steps import LONGEST, flat_loss, padded_of, trajectories_of
 
-WAITING = {"ppo", "luffy", "srft", "hpt", "uft", "chord"}  # for what the trainer does not make yet
+WAITING = {"luffy", "srft", "hpt", "uft", "chord"}  # for what the trainer does not make yet
 # Everything that a loss can need at once; a share of actions large enough for steps of a hundred.
 TESTED = {"kl_cov_ratio": 0.05, "clip_cov_ratio": 0.05, "clip_cov_low": 0.01, "entropy_coef": 0.01}
 
@@ -119,8 +119,10 @@ def test_the_command_line_takes_a_preset(tmp_path, capsys):
     [
         *(({knob: value}, f"algorithm.{knob}={value} needs {missing}") for (knob, value), missing in UNWIRED.items()),
         ({"expert_gate": 0}, "algorithm.expert_gate=0 needs"),
-        ({"kl_placement": "reward", "kl_coef": 0.1}, "algorithm.kl_placement=loss works"),
-        ({"kl_controller": "adaptive"}, "algorithm.kl_controller=adaptive"),
+        ({"kl_controller": "adaptive", "kl_coef": 0.1}, "algorithm.kl_controller=adaptive needs"),
+        ({"kl_controller": "adaptive", "kl_placement": "reward"}, "algorithm.kl_controller=adaptive needs"),
+        ({"reference_sync_every": 5}, "algorithm.reference_sync_every=5 does nothing without algorithm.kl_coef"),
+        ({"reference_sync_mix": 0.5, "kl_coef": 0.1}, "does nothing without algorithm.reference_sync_every"),
         ({"advantage": "gropo"}, "did you mean 'grpo'?"),
         ({"policy_loss": "ppo"}, "algorithm.policy_loss='ppo' is not one of ppo_clip"),
         ({"loss_weights": "token_means"}, "did you mean 'token_mean'?"),
@@ -148,6 +150,33 @@ def test_the_command_line_takes_a_preset(tmp_path, capsys):
 def test_what_cannot_work_or_would_do_nothing_is_refused(changes, words):
     with pytest.raises(ValueError, match=re.escape(words)):
         check_algorithm(RunConfig(algorithm=AlgorithmConfig(**changes)))
+
+
+@pytest.mark.parametrize(
+    ("overrides", "words"),
+    [
+        (["critic.lr=1e-4"], "critic.* does nothing with algorithm.advantage=grpo: gae reads it"),
+        (["algorithm.advantage=gae", "critic.coef=0.5"], "critic.coef=0.5 does nothing with critic.shared_trunk=False"),
+        (
+            ["algorithm.advantage=gae", "critic.shared_trunk=True", "critic.warmup_steps=3"],
+            "critic.warmup_steps=3 does nothing with critic.shared_trunk=True",
+        ),
+        (["algorithm.advantage=gae", "critic.clip=0"], "critic.clip=0.0 must be positive"),
+        (
+            ["algorithm.advantage=gae", "critic.warmup_steps=9", "trainer.num_steps=9"],
+            "critic.warmup_steps=9 leaves no step of trainer.num_steps=9",
+        ),
+        (["trainer.ema_decay=1"], "trainer.ema_decay=1.0 must lie in [0, 1)"),
+        (["trainer.ema_decay=0.9"], "trainer.ema_decay=0.9 does nothing without checkpoint.export_hf=True"),
+        (
+            ["algorithm.kl_coef=0.1", "algorithm.reference_sync_every=2", "model.lora.rank=4"],
+            "algorithm.reference_sync_every=2 needs a reference of its own",
+        ),
+    ],
+)
+def test_models_that_nothing_would_read_are_refused(overrides, words):
+    with pytest.raises(ValueError, match=re.escape(words)):
+        check_algorithm(apply_overrides(RunConfig(), overrides))
 
 
 def test_groups_of_one_cannot_be_compared():

@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 
 from megarl.config import ParallelConfig, RunConfig
-from megarl.data.packing import Packing, assign_to_bins, pack, pack_bins
+from megarl.data.packing import Packing, assign_to_bins, by_sample, pack, pack_assigned, pack_bins
 from megarl.data.sharing import Encoding
 from megarl.types import Media, Prompt, Sample
 
@@ -50,6 +50,24 @@ def test_every_stream_speaks_of_the_token_that_is_predicted():
     np.testing.assert_array_equal(batch.position_ids, [[0, 1, 2, *range(100, 106), 0, 1, 2]])
     assert batch.num_actions == 7
     assert batch.vision[0].media.images == [b"x"]
+
+
+def test_estimates_travel_and_come_back_to_their_samples():
+    """Whatever the bins: what is said of the actions of a bin is split among its samples, shared prompts or not."""
+    samples = [sample(length, group=group) for group, length in ((1, 6), (0, 3), (1, 9), (0, 12), (2, 5))]
+    samples[2].loss_mask[4] = False  # a tool's word
+    for number, one in enumerate(samples):
+        one.returns = (100 * number + np.arange(len(one.tokens))).astype(np.float32)
+        one.loss_weights = one.loss_mask.astype(np.float32)
+        one.prompt, one.media = next((s.prompt, s.media) for s in samples if s.group_id == one.group_id)
+    for share_prompts in (False, True):
+        how = packing(max_tokens=20, share_prompts=share_prompts, estimates=("values", "returns"))
+        bins = assign_to_bins(samples, how, 2)
+        packed = pack_assigned(samples, bins, how)
+        assert all(batch.old_logprobs is None and not batch.values.any() for rank in packed for batch in rank)
+        said = [[batch.returns[batch.loss_weights != 0] for batch in rank] for rank in packed]
+        for one, returned in zip(samples, by_sample(samples, bins, said), strict=True):
+            np.testing.assert_array_equal(returned, one.returns[one.loss_mask])
 
 
 def test_a_shared_prompt_is_laid_out_once():

@@ -1,0 +1,25 @@
+"""The KL in the reward. Penalties in the loss are in test_losses.py and test_presets.py."""
+
+import numpy as np
+import pytest
+
+from megarl.algorithms.advantages import total_rewards
+from megarl.algorithms.penalties import KLController, apply_kl_penalty
+from tests.algorithms.test_advantages import trajectory
+
+
+def test_the_kl_in_the_reward_by_hand():
+    first, second = trajectory(0, 1.0, [0, 1, 0, 1]), trajectory(0, 2.0, [0, 1, 1])
+    first.old_logprobs = np.array([9, -1.0, 9, -2.0], np.float32)
+    first.ref_logprobs = np.array([0, -2.0, 0, -2.5], np.float32)
+    first.action_rewards = np.array([0, 0, 0, -0.5], np.float32)
+    second.rollout_logprobs = np.array([0, -1.0, -1.0], np.float32)  # the engine's stand for the policy's
+    second.ref_logprobs = np.array([0, -1.0, -2.0], np.float32)
+    controller = KLController(0.1, target=0.5, horizon=100)
+    metrics = apply_kl_penalty([first, second], controller, "k1")
+    np.testing.assert_allclose(first.action_rewards, [0, -0.1, 0, -0.55], rtol=1e-6)
+    np.testing.assert_allclose(second.action_rewards, [0, 0, -0.1], rtol=1e-6)
+    assert metrics["actor/reward_kl_penalty"] == pytest.approx((0.75 + 0.5) / 2)  # a mean over trajectories
+    assert metrics["actor/reward_kl_penalty_coeff"] == 0.1
+    assert controller.coef == pytest.approx(0.1 * (1 + 0.2 * 2 / 100))  # 0.625 / 0.5 - 1, at most 0.2
+    assert total_rewards([first, second]) == pytest.approx([1 - 0.65, 2 - 0.1])
