@@ -163,10 +163,11 @@ def state_of(worker: PolicyWorker) -> dict[str, np.ndarray]:
 
 
 def steps_of(worker: PolicyWorker, estimator: Estimator, numbers: range) -> list[dict[str, float]]:
-    """Steps of a run; what each logged about the divergence."""
+    """Steps of a run; what each logged about the divergence, and on ranks that speak about its updates."""
     logged = []
     for number in numbers:
-        logged.append(train_step(worker, estimator, rollout(worker.config, worker, number))["metrics"])
+        result = train_step(worker, estimator, rollout(worker.config, worker, number))
+        logged.append(result["metrics"] | (result["totals"].values if result["totals"] else {}))
         worker.sync_reference()
     return logged
 

@@ -192,6 +192,7 @@ def run_config(model, parallel, world_size):
     config.algorithm = dataclasses.replace(
         config.algorithm, kl_controller="adaptive", kl_target=0.01, kl_horizon=100, reference_sync_every=1
     )
+    config.critic.warmup_steps = 1
     config.trainer = TrainerConfig(
         ranks_per_node=world_size, max_tokens_per_microbatch=128, ema_decay=0.5, offload=["optimizer", "parameters"]
     )
@@ -203,6 +204,9 @@ def test_a_resumed_run_is_the_run(model, pool, tmp_path):
     config = run_config(model, ParallelConfig(tensor_model_parallel_size=2), 2)
     logged, state = pool.run(ranks.straight_and_saved, 2, config, str(tmp_path))[0]
     assert len({row["actor/reward_kl_penalty_coeff"] for row in logged}) == 4  # it is steered
+    assert logged[0]["actor/grad_norm"] == 0  # the policy waits
+    assert all(row["actor/grad_norm"] > 0 for row in logged[1:])
+    assert all(row["critic/grad_norm"] > 0 for row in logged)
     again, same = pool.run(ranks.resumed, 2, config, str(tmp_path))[0]
     assert again == logged[2:]
     assert state.keys() == same.keys()
