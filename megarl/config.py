@@ -378,7 +378,10 @@ class AlgorithmConfig:
 
 @dataclass
 class CriticConfig:
-    """The model that ``algorithm.advantage=gae`` asks for values; what is not here comes from ``optimizer``."""
+    """The model that ``algorithm.advantage=gae`` asks for values.
+
+    What is not here comes from ``optimizer`` and ``model``: with ``model.lora`` it learns adapters of its own.
+    """
 
     path: str = ""  # Hugging Face directory that it starts from, with the policy's tokenizer; empty: model.path
     lr: float = 1e-5

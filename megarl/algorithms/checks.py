@@ -149,22 +149,9 @@ def _check_models(config: RunConfig) -> None:
     """The models beside the policy: reference, critic, average."""
     c = config.algorithm
     if c.policy_loss != "sft":
-        if c.kl_controller == "adaptive" and not c.kl_in_reward:
-            raise ValueError(
-                "algorithm.kl_controller=adaptive needs algorithm.kl_placement=reward and algorithm.kl_coef > 0, where "
-                "it starts"
-            )
+        _check_divergence(c)
         if not config.has_critic and config.critic != CriticConfig():
             raise ValueError(f"critic.* does nothing with algorithm.advantage={c.advantage}: gae reads it")
-        if c.reference_sync_every and not c.kl_coef:
-            raise ValueError(
-                f"algorithm.reference_sync_every={c.reference_sync_every} does nothing without algorithm.kl_coef"
-            )
-        if c.reference_sync_mix != AlgorithmConfig.reference_sync_mix and not c.reference_sync_every:
-            raise ValueError(
-                f"algorithm.reference_sync_mix={c.reference_sync_mix} does nothing without "
-                "algorithm.reference_sync_every"
-            )
     if c.reference_sync_every and config.model.lora.rank:
         raise ValueError(
             f"algorithm.reference_sync_every={c.reference_sync_every} needs a reference of its own; that of "
@@ -179,4 +166,26 @@ def _check_models(config: RunConfig) -> None:
         raise ValueError(
             f"critic.warmup_steps={config.critic.warmup_steps} leaves no step of trainer.num_steps="
             f"{config.trainer.num_steps} to the policy"
+        )
+
+
+def _check_divergence(c: AlgorithmConfig) -> None:
+    """What is taken from the reward, and the reference."""
+    if c.kl_in_reward and c.advantage in ("multi_reward", "gdpo", "srft"):
+        raise ValueError(
+            f"algorithm.kl_placement=reward does nothing with algorithm.advantage={c.advantage}, which does not read "
+            "what single actions earn; algorithm.kl_placement=loss works"
+        )
+    if c.kl_controller == "adaptive" and not c.kl_in_reward:
+        raise ValueError(
+            "algorithm.kl_controller=adaptive needs algorithm.kl_placement=reward and algorithm.kl_coef > 0, where it "
+            "starts"
+        )
+    if c.reference_sync_every and not c.kl_coef:
+        raise ValueError(
+            f"algorithm.reference_sync_every={c.reference_sync_every} does nothing without algorithm.kl_coef"
+        )
+    if c.reference_sync_mix != AlgorithmConfig.reference_sync_mix and not c.reference_sync_every:
+        raise ValueError(
+            f"algorithm.reference_sync_mix={c.reference_sync_mix} does nothing without algorithm.reference_sync_every"
         )

@@ -186,7 +186,7 @@ class PolicyWorker:
 
     def train(self) -> Totals | None:
         """Run the step's optimizer updates; what the rank counted, or None where the loss is not computed."""
-        totals, frozen = Totals(), False
+        totals, frozen = Totals(values={"actor/grad_norm": 0.0, "actor/lr": 0.0}), False
         if self.critic is not None:
             frozen = self.critic.is_warming_up
             with self.timer("update_critic"):
@@ -232,7 +232,6 @@ class PolicyWorker:
         """What ``_update`` would log, and no update."""
         with torch.no_grad():
             totals.add(run(chunks_of(self.model), minibatch, self._loss, train=False))
-        totals.values |= {"actor/grad_norm": 0.0, "actor/lr": 0.0}
 
     def _logprobs(
         self,

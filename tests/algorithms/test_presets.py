@@ -121,6 +121,10 @@ def test_the_command_line_takes_a_preset(tmp_path, capsys):
         ({"expert_gate": 0}, "algorithm.expert_gate=0 needs"),
         ({"kl_controller": "adaptive", "kl_coef": 0.1}, "algorithm.kl_controller=adaptive needs"),
         ({"kl_controller": "adaptive", "kl_placement": "reward"}, "algorithm.kl_controller=adaptive needs"),
+        (
+            {"kl_coef": 0.1, "kl_placement": "reward", "advantage": "gdpo", "reward_weights": {"score": 1.0}},
+            "algorithm.kl_placement=reward does nothing with algorithm.advantage=gdpo",
+        ),
         ({"reference_sync_every": 5}, "algorithm.reference_sync_every=5 does nothing without algorithm.kl_coef"),
         ({"reference_sync_mix": 0.5, "kl_coef": 0.1}, "does nothing without algorithm.reference_sync_every"),
         ({"advantage": "gropo"}, "did you mean 'grpo'?"),

@@ -194,7 +194,10 @@ def run_config(model, parallel, world_size):
     )
     config.critic.warmup_steps = 1
     config.trainer = TrainerConfig(
-        ranks_per_node=world_size, max_tokens_per_microbatch=128, ema_decay=0.5, offload=["optimizer", "parameters"]
+        ranks_per_node=world_size,
+        max_tokens_per_microbatch=128,
+        ema_decay=0.5,
+        offload=["optimizer", "gradients", "parameters"],
     )
     return config
 
