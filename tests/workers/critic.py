@@ -33,14 +33,14 @@ from megarl.workers.policy import PolicyWorker
 from tests.workers.test_policy import samples_of
 
 
-def config_of(model, parallel=None, world_size=1, *, share_prompts=False, **sections: Any) -> RunConfig:
+def config_of(path, parallel=None, world_size=1, *, share_prompts=False, **sections: Any) -> RunConfig:
     """PPO with the KL in the reward; gradients are neither clipped nor shared among ranks, so that they can be read."""
     algorithm = AlgorithmConfig(
         advantage="gae", gamma=0.95, lam=0.9, kl_coef=0.2, kl_placement="reward", kl_estimator="k1"
     )
     return RunConfig(
         **{
-            "model": ModelConfig(path=str(model)),
+            "model": ModelConfig(path=str(path)),
             "parallel": dataclasses.replace(parallel or ParallelConfig(), use_distributed_optimizer=False),
             "optimizer": OptimizerConfig(lr=1e-3, clip_grad=1e9),
             "data": DataConfig(prompts_per_step=3),
