@@ -42,20 +42,10 @@ def measure(seed: int, families: list[str], layouts: list[str]) -> dict[str, Any
     from megarl.models.family import family_of  # heavy: README's table needs none of them
     from tests.distributed import Pool
     from tests.models.families import FAMILIES
-    from tests.models.parity import (
-        DEEP_LAYOUTS,
-        LAYOUTS,
-        MICROBATCHES,
-        SHARED_LAYOUTS,
-        differences,
-        joined,
-        logit_differences,
-        run,
-    )
+    from tests.models.parity import ALL_LAYOUTS, MICROBATCHES, differences, joined, logit_differences, run
     from tests.models.reference import reference
 
-    known = LAYOUTS | DEEP_LAYOUTS | SHARED_LAYOUTS
-    for name, names, choices in (("families", families, FAMILIES), ("layouts", layouts, known)):
+    for name, names, choices in (("families", families, FAMILIES), ("layouts", layouts, ALL_LAYOUTS)):
         if unknown := sorted(set(names) - set(choices)):
             raise SystemExit(f"--{name}: {', '.join(unknown)} not among {', '.join(choices)}")
     table: dict[str, Any] = {}
@@ -68,9 +58,9 @@ def measure(seed: int, families: list[str], layouts: list[str]) -> dict[str, Any
             table[family] = {"title": case.title or family, "architecture": config.architectures[0], "layouts": {}}
             with tempfile.TemporaryDirectory() as directory:
                 ref = reference(case, f"seed{seed}", Path(directory))
-                for layout in layouts or known:
+                for layout in layouts or ALL_LAYOUTS:
                     try:
-                        family_of(config).validate(config, known[layout][1])
+                        family_of(config).validate(config, ALL_LAYOUTS[layout][1])
                     except ValueError as error:
                         table[family]["layouts"][layout] = {"refused": str(error)}
                         print(f"{family:16s}{layout:22s}   {error}")

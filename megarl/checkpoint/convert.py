@@ -98,7 +98,7 @@ def hf_to_megatron(
     family.validate(hf, config.parallel)
     with single_process():
         model, mappings = whole_model(hf_dir, config.model, "meta")
-        check_load(reader, mappings, model, tied=hf.tie_word_embeddings, tp_size=1)
+        check_load(reader, mappings, model, tied=hf.tie_word_embeddings)
         with staged(out_dir, _num_bytes(model)) as directory:
             with progress(_num_bytes(model), f"writing {out_dir}") as bar:
                 tensors = parameter_source(model, mappings, reader, bar.update)

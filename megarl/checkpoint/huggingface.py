@@ -12,18 +12,20 @@ import shutil
 from collections.abc import Callable, Iterable
 from contextlib import ExitStack
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
-from megatron.core import parallel_state
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 from transformers import AutoConfig, PretrainedConfig
 
 from megarl.checkpoint.shards import DTYPES, ShardWriter
-from megarl.models.family import FAMILIES
+from megarl.models.family import FAMILIES, Family
 from megarl.models.mapping import Mapping
+from megarl.parallel.groups import shard_group
 
 INDEX_FILE = "model.safetensors.index.json"
 DERIVED = re.compile(r".*\.rotary_emb\.inv_freq")  # buffers that older files hold and config.json determines
@@ -43,12 +45,23 @@ def listed(names: Iterable[str]) -> str:
     return ", ".join(names[:_MAX_LISTED]) + rest
 
 
+def _family(directory: Path) -> tuple[dict[str, Any], Family | None]:
+    """What config.json says, nothing without one, and the family of the model; None: megarl has none."""
+    path = directory / "config.json"
+    config = json.loads(path.read_text()) if path.is_file() else {}
+    return config, FAMILIES.get((config.get("architectures") or [""])[0])
+
+
 def canonical_names(directory: Path) -> Callable[[str], str]:
     """The published spelling of tensor names in ``directory``, as its model's family knows it."""
-    path = directory / "config.json"
-    architectures = json.loads(path.read_text()).get("architectures") if path.is_file() else None
-    family = FAMILIES.get((architectures or [""])[0])
+    family = _family(directory)[1]
     return family.canonical_name if family is not None else str
+
+
+def canonical_tensors(directory: Path) -> Callable[[str, Tensor], Tensor]:
+    """The published layout of the canonically named tensors in ``directory``, as its model's family knows it."""
+    config, family = _family(directory)
+    return (lambda name, tensor: tensor) if family is None else partial(family.canonical_tensor, config)
 
 
 def read_config(directory: str | Path) -> PretrainedConfig:
@@ -66,7 +79,7 @@ def read_config(directory: str | Path) -> PretrainedConfig:
 
 @dataclass
 class HFReader:
-    """The tensors of a Hugging Face directory by canonical name; a tensor is read when it is asked for."""
+    """The tensors of a Hugging Face directory as published, name and layout; one is read when it is asked for."""
 
     directory: Path
     files: dict[str, tuple[Path, str]] = field(init=False)  # canonical name -> file, name in the file
@@ -77,6 +90,7 @@ class HFReader:
         if not self.directory.is_dir():
             raise CheckpointError(f"{self.directory}: no such directory")
         self.files, canonical_name = {}, canonical_names(self.directory)
+        self._canonical_tensor = canonical_tensors(self.directory)
         for name, path in self._names().items():
             canonical = canonical_name(name)
             if canonical in self.files:
@@ -119,10 +133,10 @@ class HFReader:
 
     def __getitem__(self, name: str) -> Tensor:
         path, stored = self.files[name]
-        return self._open(path).get_tensor(stored)
+        return self._canonical_tensor(name, self._open(path).get_tensor(stored))
 
     def meta(self, name: str) -> Tensor:
-        """A tensor without data, of the stored shape and dtype."""
+        """A tensor without data, of the shape and dtype that reading it gives."""
         if name not in self._meta:
             self._read_meta(self.files[name][0])
         return self._meta[name]
@@ -134,7 +148,8 @@ class HFReader:
             view = file.get_slice(stored)
             if view.get_dtype() not in DTYPES:
                 raise CheckpointError(f"{path}: {stored} is stored as {view.get_dtype()}; read are {', '.join(DTYPES)}")
-            self._meta[name] = torch.empty(view.get_shape(), dtype=DTYPES[view.get_dtype()], device="meta")
+            meta = torch.empty(view.get_shape(), dtype=DTYPES[view.get_dtype()], device="meta")
+            self._meta[name] = self._canonical_tensor(name, meta)
 
     def num_bytes(self) -> int:
         """Of all tensors."""
@@ -179,12 +194,12 @@ def hf_tensors(mapping: Mapping, fetch: Callable[[str], Tensor], present: Callab
     return {name: fetch(name) for name in mapping.hf if name not in mapping.optional or present(name)}
 
 
-def _shape_problem(mapping: Mapping, reader: HFReader, parameter: nn.Parameter, tp_size: int) -> str | None:
+def _shape_problem(mapping: Mapping, reader: HFReader, parameter: nn.Parameter) -> str | None:
     """Run the mapping on tensors without data and compare the shard's shape with the parameter's."""
     tensors = hf_tensors(mapping, reader.meta, reader.__contains__)
     stored = ", ".join(f"{name} {list(tensor.shape)}" for name, tensor in tensors.items())
     try:
-        shape = mapping.split(mapping.to_megatron(tensors), tp_size)[0].shape
+        shape = mapping.split(mapping.to_megatron(tensors), shard_group(mapping.parallelism).size())[0].shape
     except (RuntimeError, ValueError) as error:
         return f"wrong shape: {stored} cannot become {mapping.megatron}: {str(error).splitlines()[0]}"
     if shape == parameter.shape:
@@ -192,8 +207,8 @@ def _shape_problem(mapping: Mapping, reader: HFReader, parameter: nn.Parameter, 
     return f"wrong shape: {stored} gives {list(shape)}, {mapping.megatron} has {list(parameter.shape)} on a rank"
 
 
-def check_load(reader: HFReader, mappings: list[Mapping], model: nn.Module, *, tied: bool, tp_size: int) -> None:
-    """Raise on every rank one ``CheckpointError`` that lists what is wrong on any; every rank calls it.
+def check_load(reader: HFReader, mappings: list[Mapping], model: nn.Module, *, tied: bool) -> None:
+    """Raise on every rank one ``CheckpointError`` that lists what is wrong on any; every rank of the world calls it.
 
     Reads file headers only. Wrong are keys that are missing or unknown, shapes, and parameters without a mapping.
     """
@@ -203,7 +218,7 @@ def check_load(reader: HFReader, mappings: list[Mapping], model: nn.Module, *, t
     if not problems:
         for mapping in mappings:
             for parameter in local.get(mapping.megatron, []):
-                problem = _shape_problem(mapping, reader, parameter, tp_size)
+                problem = _shape_problem(mapping, reader, parameter)
                 problems += [problem] if problem else []
     names = set(local)
     if dist.is_initialized():
@@ -226,15 +241,14 @@ def load_hf(model: nn.Module, mappings: list[Mapping], directory: str | Path) ->
     wrongly shaped keys before anything is changed. After an optimizer has been built call its
     ``reload_model_params()``, or its float32 copies keep the old values.
     """
-    tp_rank = parallel_state.get_tensor_model_parallel_rank()
-    tp_size = parallel_state.get_tensor_model_parallel_world_size()
     reader = HFReader(Path(directory))
-    check_load(reader, mappings, model, tied=read_config(directory).tie_word_embeddings, tp_size=tp_size)
+    check_load(reader, mappings, model, tied=read_config(directory).tie_word_embeddings)
     local = parameters_of(model, model.global_name)
     for mapping in mappings:
         if mapping.megatron in local:
             whole = mapping.to_megatron(hf_tensors(mapping, reader.__getitem__, reader.__contains__))
-            shard = mapping.split(whole, tp_size)[tp_rank]
+            group = shard_group(mapping.parallelism)
+            shard = mapping.split(whole, group.size())[group.rank()]
             for parameter in local[mapping.megatron]:
                 parameter.copy_(shard)
 

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from typing import Any
 
 from megatron.core import parallel_state
 from megatron.core.transformer.module import MegatronModule
+from torch import Tensor
 from transformers import PretrainedConfig
 
 from megarl.config import ModelConfig, ParallelConfig
@@ -21,6 +23,7 @@ from megarl.models.mapping import Mapping
 from megarl.models.probe import Probe, text_probe
 from megarl.models.qwen_vl.config import validate as qwen_vl_validate
 from megarl.models.qwen_vl.mapping import canonical_name as qwen_vl_canonical_name
+from megarl.models.qwen_vl.mapping import canonical_tensor as qwen3_vl_canonical_tensor
 from megarl.models.qwen_vl.mapping import mappings as qwen_vl_mappings
 from megarl.models.qwen_vl.model import QwenVLModel
 from megarl.models.qwen_vl.probe import probe as qwen_vl_probe
@@ -35,7 +38,8 @@ class Family:
     ``build_stage`` makes all that a rank holds. ``build`` raises ``ValueError`` that names the key when the layout
     cannot divide the model, and so does ``validate(hf_config, parallel)`` by itself. A model is a
     ``models.common.LanguageModel``. ``canonical_name`` is the published spelling of a tensor's name, whichever version
-    of transformers wrote the file. ``probe`` makes the prompt whose logits a converter compares with transformers'.
+    of transformers wrote the file, and ``canonical_tensor(config, name, tensor)`` the tensor of that name as published
+    (``config``: that of config.json). ``probe`` makes the prompt whose logits a converter compares with transformers'.
     """
 
     name: str
@@ -44,7 +48,13 @@ class Family:
     mappings: Callable[[PretrainedConfig], list[Mapping]]
     validate: Callable[[PretrainedConfig, ParallelConfig], None]
     canonical_name: Callable[[str], str]
+    canonical_tensor: Callable[[dict[str, Any], str, Tensor], Tensor]
     probe: Callable[[PretrainedConfig], Probe]
+
+
+def _as_stored(config: dict[str, Any], name: str, tensor: Tensor) -> Tensor:
+    """Every version of transformers writes these tensors alike."""
+    return tensor
 
 
 QWEN_VL = Family(
@@ -54,10 +64,17 @@ QWEN_VL = Family(
     mappings=qwen_vl_mappings,
     validate=qwen_vl_validate,
     canonical_name=qwen_vl_canonical_name,
+    canonical_tensor=_as_stored,
     probe=qwen_vl_probe,
 )
 
-QWEN3_VL = replace(QWEN_VL, name="qwen3_vl", architectures=("Qwen3VLForConditionalGeneration",), canonical_name=str)
+QWEN3_VL = replace(
+    QWEN_VL,
+    name="qwen3_vl",
+    architectures=("Qwen3VLForConditionalGeneration", "Qwen3VLMoeForConditionalGeneration"),
+    canonical_name=str,
+    canonical_tensor=qwen3_vl_canonical_tensor,
+)
 
 LLAVA = Family(
     name="llava",
@@ -70,6 +87,7 @@ LLAVA = Family(
     mappings=llava_mappings,
     validate=llava_validate,
     canonical_name=llava_canonical_name,
+    canonical_tensor=_as_stored,
     probe=llava_probe,
 )
 
@@ -86,6 +104,7 @@ TEXT = Family(
     mappings=text_mappings,
     validate=validate_language,
     canonical_name=str,
+    canonical_tensor=_as_stored,
     probe=text_probe,
 )
 

@@ -18,11 +18,15 @@ VOCAB_MULTIPLE = 128  # rows of an embedding are padded to a multiple
 
 @dataclass(frozen=True, kw_only=True)
 class Mapping:
-    """One Megatron parameter, the Hugging Face tensors it is made of, and the dimension tensor parallelism splits."""
+    """One Megatron parameter, the Hugging Face tensors it is made of, and the dimension that ranks split.
+
+    ``parallelism``: whose ranks hold the shards, ``tensor`` or ``expert`` (see ``groups.shard_group``).
+    """
 
     megatron: str  # name in the unsplit model
     hf: tuple[str, ...]  # names in the checkpoint's files
-    shard_dim: int | None = None  # None: replicated over tensor-parallel ranks
+    shard_dim: int | None = None  # None: replicated
+    parallelism: str = "tensor"
     optional: tuple[str, ...] = field(default=())  # of ``hf``: may be absent from a checkpoint
 
     def to_megatron(self, tensors: HFTensors) -> Tensor:
@@ -34,13 +38,13 @@ class Mapping:
         return {self.hf[0]: tensor}
 
     def split(self, tensor: Tensor, size: int) -> list[Tensor]:
-        """The shards of the ``size`` tensor-parallel ranks, in order of rank."""
+        """The shards of ``size`` ranks, in order of rank."""
         if self.shard_dim is None:
             return [tensor] * size
         if tensor.shape[self.shard_dim] % size:
             raise ValueError(
                 f"{self.megatron}: dimension {self.shard_dim} of {tuple(tensor.shape)} cannot be split over "
-                f"{size} tensor-parallel ranks"
+                f"{size} {self.parallelism}-parallel ranks"
             )
         return list(tensor.chunk(size, dim=self.shard_dim))
 

@@ -45,6 +45,13 @@ def destroy() -> None:
     parallel_state.destroy_model_parallel()
 
 
+def shard_group(parallelism: str) -> dist.ProcessGroup:
+    """The ranks that hold a parameter's shards, by ``Mapping.parallelism``: ``tensor`` or ``expert``."""
+    if parallelism == "expert":
+        return parallel_state.get_expert_model_parallel_group()
+    return parallel_state.get_tensor_model_parallel_group()
+
+
 def solo_group() -> dist.ProcessGroup:
     """The group that holds only this rank."""
     if _solo is None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from tests.models.llava import Llava, LlavaNext, LlavaOnevision
-from tests.models.qwen_vl import Qwen2VL, Qwen3VL, Qwen25VL
+from tests.models.qwen_vl import Qwen2VL, Qwen3VL, Qwen3VLMoe, Qwen25VL
 from tests.models.reference import Case
 from tests.models.text import Text
 
@@ -11,6 +11,7 @@ FAMILIES: dict[str, Case] = {
     "qwen2_vl": Qwen2VL(),
     "qwen2_5_vl": Qwen25VL(),
     "qwen3_vl": Qwen3VL(),
+    "qwen3_vl_moe": Qwen3VLMoe(),
     "llava": Llava(),
     "llava_next": LlavaNext(),
     "llava_onevision": LlavaOnevision(),

@@ -55,6 +55,20 @@ SHARED_LAYOUTS = {  # for the vision tower's work, which ranks share
     "pp2_dp2": (4, layout(pp=2)),
     "pp2_vpp2_dp2": (4, layout(pp=2, **VPP2)),
 }
+EP2 = {"expert_model_parallel_size": 2}
+EXPERT_LAYOUTS = {  # for models of four layers with experts
+    "ep2_dp2": (2, layout(**EP2)),
+    "ep2_tp2_sp": (2, layout(tp=2, **SP, **EP2)),
+    "ep2_cp2": (2, layout(**CP2, **EP2)),
+    "ep2_pp2_dp2": (4, layout(pp=2, **EP2)),
+    "ep2_dp4": (4, layout(**EP2)),
+    "ep4_tp2_sp_dp2": (4, layout(tp=2, **SP, expert_model_parallel_size=4)),
+    "ep2_tp2_sp_cp2": (4, layout(tp=2, **SP, **CP2, **EP2)),
+    "ep2_tp2_sp_pp2": (4, layout(tp=2, pp=2, **SP, **EP2)),
+    "ep2_cp2_pp2": (4, layout(pp=2, **CP2, **EP2, cp_comm_type="p2p")),
+    "ep2_tp2_sp_pp2_vpp2": (4, layout(tp=2, pp=2, **SP, **VPP2, **EP2)),
+}
+ALL_LAYOUTS = LAYOUTS | DEEP_LAYOUTS | SHARED_LAYOUTS | EXPERT_LAYOUTS
 MICROBATCHES = [[0], [1, 4, 2], [3], [5, 6]]  # text alone, text beside images, several images
 
 
@@ -132,7 +146,8 @@ def train(
     gradients = {name: p.main_grad.clone() for name, p in named if p.requires_grad}
     optimizer.step()
     return {
-        "tp": ps.get_tensor_model_parallel_rank(),
+        "tensor": ps.get_tensor_model_parallel_rank(),
+        "expert": ps.get_expert_model_parallel_rank(),
         "dp": ps.get_data_parallel_rank(),
         "cp": cp_rank,
         "logits": logits,
@@ -150,8 +165,9 @@ def joined(results: list[dict], key: str, directory: str) -> dict[str, torch.Ten
         shards: dict[int, torch.Tensor] = {}
         for result in results:
             shard = result[key].get(mapping.megatron)
-            if shard is not None and shards.setdefault(result["tp"], shard) is not shard:
-                torch.testing.assert_close(shard, shards[result["tp"]], rtol=1e-6, atol=1e-8)
+            rank = result[mapping.parallelism]
+            if shard is not None and shards.setdefault(rank, shard) is not shard:
+                torch.testing.assert_close(shard, shards[rank], rtol=1e-6, atol=1e-8)
         if mapping.shard_dim is None and shards:
             for shard in shards.values():
                 torch.testing.assert_close(shard, shards[0], rtol=1e-5, atol=1e-7)
@@ -196,7 +212,7 @@ def logit_differences(results: list[dict], ref: Reference, microbatches: list[li
         parts = []
         for rank in range(cp_size):
             ranks = [r for r in results if r["logits"] and (r["dp"], r["cp"]) == (number % dp_size, rank)]
-            ranks.sort(key=lambda r: r["tp"])
+            ranks.sort(key=lambda r: r["tensor"])
             parts.append(torch.cat([r["logits"][number // dp_size] for r in ranks], dim=1)[:, :VOCAB])
         # padding of the bin lies behind, and the ranks' parts of the sequences before it
         order = gathered_places(starts, cp_size).argsort()
@@ -215,7 +231,7 @@ def check_logits(results: list[dict], ref: Reference, microbatches: list[list[in
 def run(
     pool, ref: Reference, layout: str, microbatches: list[list[int]] = MICROBATCHES, model: ModelConfig | None = None
 ) -> list[dict]:
-    world_size, parallel = (LAYOUTS | DEEP_LAYOUTS | SHARED_LAYOUTS)[layout]
+    world_size, parallel = ALL_LAYOUTS[layout]
     return pool.run(
         train, world_size, ref.directory, parallel, model or ModelConfig(), packed(ref, microbatches, parallel)
     )

@@ -237,3 +237,35 @@ class Qwen3VL(QwenVL):
             "num_position_embeddings": draw.choice([4, 6, 9]) ** 2,
             "deepstack_visual_indexes": sorted(draw.sample(range(depth), 1 + draw.randrange(2))),
         }
+
+
+class Qwen3VLMoe(Qwen3VL):
+    """``sparse``: every layer has experts. ``mixed``: the second and the third do not. Random ones are either."""
+
+    title = "Qwen3-VL-MoE"
+    names = ("sparse", "mixed")
+
+    def config(self, name: str) -> transformers.Qwen3VLMoeConfig:
+        return self._config(random.Random(0), {"sparse": [], "mixed": [1, 2]}[name])
+
+    def draw(self, seed: int) -> transformers.Qwen3VLMoeConfig:
+        draw = random.Random(seed)
+        return self._config(draw, draw.choice([[], [0], [3]]))
+
+    def _config(self, draw: random.Random, dense: list[int]) -> transformers.Qwen3VLMoeConfig:
+        text = _decoder(draw)
+        text["rope_parameters"] = _rope(draw, text["head_dim"]) | {"mrope_interleaved": True}
+        text |= {
+            "hidden_size": draw.choice([32, 48]),
+            "num_experts": draw.choice([4, 8]),
+            "num_experts_per_tok": draw.choice([2, 3]),
+            "moe_intermediate_size": draw.randint(12, 30),
+            "mlp_only_layers": dense,
+        }
+        return transformers.Qwen3VLMoeConfig(
+            architectures=["Qwen3VLMoeForConditionalGeneration"],
+            text_config=text,
+            vision_config=self.vision(draw, text["hidden_size"]),
+            tie_word_embeddings=draw.random() < 0.5,
+            **IDS,
+        )

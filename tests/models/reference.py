@@ -144,16 +144,17 @@ def reference(case: Case, name: str, directory: Path) -> Reference:
     """Write the model ``name`` to ``directory`` and run transformers on one padded batch of the samples."""
     model = case.model(name)
     model.save_pretrained(directory)
-    canonical_name = family_of(model.config).canonical_name
+    family, described = family_of(model.config), model.config.to_dict()
     samples = case.samples(model, seed=0)
     generator = torch.Generator().manual_seed(1)
     result = Reference(str(directory), samples, [torch.randn(len(trained(s)), generator=generator) for s in samples])
     result.logits, total = evaluate(case, model, result)
     (total / sum(len(w) for w in result.weights)).backward()
-    named = [(canonical_name(n), p) for n, p in model.named_parameters()]
-    result.gradients = {n: p.grad.clone() for n, p in named if p.grad is not None}
+    named = [(family.canonical_name(n), p) for n, p in model.named_parameters()]
+    grads = {n: p.grad.clone() for n, p in named if p.grad is not None}
+    result.gradients = {n: family.canonical_tensor(described, n, grad) for n, grad in grads.items()}
     torch.optim.AdamW(model.parameters(), lr=1e-2, betas=(0.9, 0.95), eps=1e-2, weight_decay=0.0).step()
-    result.updated = {n: p.detach() for n, p in named}
+    result.updated = {n: family.canonical_tensor(described, n, p.detach()) for n, p in named}
     return result
 
 

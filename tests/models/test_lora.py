@@ -129,7 +129,7 @@ def joined(results: list[dict]) -> dict[str, torch.Tensor]:
         holders = [(r["adapters"][number], r) for r in results]
         holders = [(m, r) for m, r in holders if m.megatron in r["gradients"]]
         mapping = holders[0][0]
-        shards = {r["tp"]: r["gradients"][mapping.megatron] for _, r in holders}
+        shards = {r["tensor"]: r["gradients"][mapping.megatron] for _, r in holders}
         if mapping.shard_dim is None:
             for shard in shards.values():
                 torch.testing.assert_close(shard, shards[0], rtol=1e-5, atol=1e-7)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping as Rows
 from dataclasses import dataclass
+from typing import Any
 
 import torch.nn.functional as F
 from megatron.core.transformer.transformer_config import TransformerConfig
@@ -25,6 +26,7 @@ class Traits:
 
     qkv_bias: bool = False
     qk_norm: bool = False  # RMSNorm of each query and key head
+    experts: bool = False  # in the place of the MLP of some layers; ``sparse_layers``
     fused: bool = False  # the files hold queries, keys and values as one matrix, and gate and up as another
 
 
@@ -37,6 +39,7 @@ TRAITS = {
     "qwen2_5_vl_text": Traits(qkv_bias=True),
     "qwen3": Traits(qk_norm=True),
     "qwen3_vl_text": Traits(qk_norm=True),
+    "qwen3_vl_moe_text": Traits(qk_norm=True, experts=True),
 }
 
 
@@ -51,12 +54,20 @@ def validate_language(text: PretrainedConfig, parallel: ParallelConfig) -> None:
     """Raise ``ValueError`` that names the key when the layout cannot divide the decoder or a feature is unknown."""
     if text.model_type not in TRAITS:
         raise ValueError(f"model_type={text.model_type!r} of the language model is not one of {', '.join(TRAITS)}")
+    sparse = sparse_layers(text)
+    cut = ["num_attention_heads", "num_key_value_heads", *([] if all(sparse) else ["intermediate_size"])]
     check_divisible(
-        {name: getattr(text, name) for name in ("num_attention_heads", "num_key_value_heads", "intermediate_size")},
+        {name: getattr(text, name) for name in cut},
         "parallel.tensor_model_parallel_size",
         parallel.tensor_model_parallel_size,
     )
     _validate_layout(text, parallel)
+    if any(sparse):
+        _validate_experts(text, parallel)
+    elif parallel.expert_model_parallel_size > 1:
+        raise ValueError(
+            f"parallel.expert_model_parallel_size={parallel.expert_model_parallel_size}: this model has no experts"
+        )
     options = text.to_dict()
     if "sliding_attention" in (options.get("layer_types") or []):
         raise ValueError("use_sliding_window=True: sliding-window layers are not supported")
@@ -88,16 +99,38 @@ def _validate_layout(text: PretrainedConfig, parallel: ParallelConfig) -> None:
             check_divisible({"num_hidden_layers": layers}, key, parallel.num_pipeline_chunks)
         except ValueError as error:
             raise ValueError(f"{error}; parallel.pipeline_layout says how many layers each stage gets") from error
-    if parallel.expert_model_parallel_size > 1:
-        raise ValueError(
-            f"parallel.expert_model_parallel_size={parallel.expert_model_parallel_size}: this model has no experts"
-        )
     if parallel.cp_comm_type == "a2a" and parallel.context_parallel_size > 1:
         check_divisible(
             {name: getattr(text, name) for name in ("num_attention_heads", "num_key_value_heads")},
             "parallel.tensor_model_parallel_size x parallel.context_parallel_size (parallel.cp_comm_type=a2a)",
             parallel.tensor_model_parallel_size * parallel.context_parallel_size,
         )
+
+
+def _validate_experts(text: PretrainedConfig, parallel: ParallelConfig) -> None:
+    size = parallel.expert_model_parallel_size
+    check_divisible({"num_experts": text.num_experts}, "parallel.expert_model_parallel_size", size)
+    if parallel.tensor_model_parallel_size > 1 and not parallel.sequence_parallel:
+        raise ValueError(
+            f"parallel.tensor_model_parallel_size={parallel.tensor_model_parallel_size} of a model with experts needs "
+            "parallel.sequence_parallel=True: every rank sends tokens of its own to them"
+        )
+    if not 1 < text.num_experts_per_tok <= text.num_experts:
+        raise ValueError(
+            f"num_experts_per_tok={text.num_experts_per_tok} must lie above 1, or the router learns nothing, and not "
+            f"above num_experts={text.num_experts}"
+        )
+    if text.to_dict().get("norm_topk_prob", True) is not True:
+        raise ValueError("norm_topk_prob=False is not supported: the chosen experts' probabilities must sum to one")
+
+
+def sparse_layers(text: PretrainedConfig) -> list[bool]:
+    """Of each decoder layer, whether it has experts in the place of its MLP."""
+    layers = range(text.num_hidden_layers)
+    if not TRAITS[text.model_type].experts or not text.num_experts:
+        return [False for _ in layers]
+    step, dense = text.decoder_sparse_step, text.mlp_only_layers
+    return [layer not in dense and (layer + 1) % step == 0 for layer in layers]
 
 
 def head_dim(text: PretrainedConfig) -> int:
@@ -107,7 +140,7 @@ def head_dim(text: PretrainedConfig) -> int:
 
 def decoder_config(text: PretrainedConfig, model: ModelConfig, parallel: ParallelConfig) -> TransformerConfig:
     """The decoder's ``TransformerConfig``, ``model.megatron`` applied."""
-    traits = TRAITS[text.model_type]
+    traits, sparse = TRAITS[text.model_type], sparse_layers(text)
     return transformer_config(
         model,
         parallel,
@@ -127,14 +160,32 @@ def decoder_config(text: PretrainedConfig, model: ModelConfig, parallel: Paralle
         add_qkv_bias=traits.qkv_bias,
         qk_layernorm=traits.qk_norm,
         mrope_section=[1, 1, 1],  # mcore wants one; ``Rotary`` reads the checkpoint's
+        **(_experts(text, model, parallel, sparse) if any(sparse) else {}),
     )
+
+
+def _experts(
+    text: PretrainedConfig, model: ModelConfig, parallel: ParallelConfig, sparse: list[bool]
+) -> dict[str, Any]:
+    """Fields of experts and their router. Its loss of balance is off: ``model.megatron.moe_aux_loss_coeff``."""
+    fields: dict[str, Any] = {
+        "num_moe_experts": text.num_experts,
+        "moe_ffn_hidden_size": text.moe_intermediate_size,
+        "moe_router_topk": text.num_experts_per_tok,  # softmax over the chosen: theirs over all, made to sum to one
+        "moe_layer_freq": 1 if all(sparse) else [int(layer) for layer in sparse],
+        "expert_model_parallel_size": parallel.expert_model_parallel_size,
+        "expert_tensor_parallel_size": 1,
+    }
+    if "mlp" in model.recompute_modules and model.recompute == "selective":
+        fields["recompute_modules"] = [*model.recompute_modules, "moe"]
+    return fields
 
 
 def language_mappings(
     text: PretrainedConfig, *, tied: bool, prefix: str = "model.", output: str = "lm_head.weight"
 ) -> list[Mapping]:
     """Rows of the decoder at ``language_model.``; ``prefix`` and ``output`` are the checkpoint's names of its parts."""
-    traits = TRAITS[text.model_type]
+    traits, sparse = TRAITS[text.model_type], sparse_layers(text)
     vocab = {"vocab_size": text.vocab_size}
     qkv, gated = (FusedQKV, FusedGatedMLP) if traits.fused else (QKV, GatedMLP)
     projections = ("qkv",) if traits.fused else tuple("qkv")
@@ -153,12 +204,15 @@ def language_mappings(
             Mapping(megatron=f"{ours}input_layernorm.weight", hf=(f"{theirs}input_layernorm.weight",)),
             Mapping(megatron=f"{ours}pre_mlp_layernorm.weight", hf=(f"{theirs}post_attention_layernorm.weight",)),
             Mapping(megatron=f"{attention}linear_proj.weight", hf=(f"{theirs}self_attn.o_proj.weight",), shard_dim=1),
-            gated(
-                megatron=f"{ours}mlp.linear_fc1.weight",
-                hf=tuple(f"{theirs}mlp.{name}_proj.weight" for name in halves),
-            ),
-            Mapping(megatron=f"{ours}mlp.linear_fc2.weight", hf=(f"{theirs}mlp.down_proj.weight",), shard_dim=1),
         ]
+        if sparse[i]:
+            table += _expert_mappings(f"{ours}mlp.", f"{theirs}mlp.")
+        else:
+            gate_up = tuple(f"{theirs}mlp.{name}_proj.weight" for name in halves)
+            table += [
+                gated(megatron=f"{ours}mlp.linear_fc1.weight", hf=gate_up),
+                Mapping(megatron=f"{ours}mlp.linear_fc2.weight", hf=(f"{theirs}mlp.down_proj.weight",), shard_dim=1),
+            ]
         table += [
             qkv(
                 megatron=f"{attention}linear_qkv.{kind}",
@@ -174,3 +228,13 @@ def language_mappings(
                 for x in "qk"
             ]
     return table
+
+
+def _expert_mappings(ours: str, theirs: str) -> list[Mapping]:
+    """A router and the matrices of its experts, [E, H, 2 I] and [E, I, H] in the published files."""
+    across = {"shard_dim": 0, "parallelism": "expert"}
+    return [
+        Mapping(megatron=f"{ours}router.weight", hf=(f"{theirs}gate.weight",)),
+        Mapping(megatron=f"{ours}experts.weight1", hf=(f"{theirs}experts.gate_up_proj",), **across),
+        Mapping(megatron=f"{ours}experts.weight2", hf=(f"{theirs}experts.down_proj",), **across),
+    ]

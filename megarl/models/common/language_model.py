@@ -5,21 +5,23 @@ Shapes: T packed tokens of S sequences, H hidden, V vocabulary.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import ClassVar
 
 from megatron.core.tensor_parallel import scatter_to_sequence_parallel_region
 from megatron.core.transformer.enums import ModelType
 from megatron.core.transformer.module import MegatronModule
+from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_block import get_num_layers_to_build
+from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.transformer_layer import get_transformer_layer_offset
 from torch import Tensor
 from transformers import PretrainedConfig
 
 from megarl.config import ModelConfig, ParallelConfig
 from megarl.models.common.decoder import Decoder, DecoderLayer
-from megarl.models.common.language import decoder_config
-from megarl.models.common.specs import block_spec, layer_spec, unfused_name
+from megarl.models.common.language import decoder_config, sparse_layers
+from megarl.models.common.specs import block_spec, layer_spec, sparse_spec, unfused_name
 from megarl.models.common.vision import VisionInputs
 from megarl.parallel.attention import packed_sequences
 
@@ -46,11 +48,11 @@ class LanguageModel(MegatronModule):
         self.model_type = ModelType.encoder_or_decoder  # read by mcore's schedules
         self.share_embeddings_and_output_weights = tied
         self.vocab_size = text.vocab_size
-        spec = layer_spec(model, config)
-        spec.module = DecoderLayer
+        self.layer_offset = get_transformer_layer_offset(config, vp_stage)
+        numbers = range(self.layer_offset, self.layer_offset + get_num_layers_to_build(config, vp_stage))
         self.language_model = Decoder(
             config,
-            block_spec(spec, config, get_num_layers_to_build(config, vp_stage)),
+            block_spec(_layers(model, config, sparse_layers(text), numbers), config),
             text,
             tied=tied,
             pre_process=pre_process,
@@ -58,7 +60,6 @@ class LanguageModel(MegatronModule):
             vp_stage=vp_stage,
         )
         self.vp_stage = vp_stage  # read by mcore's schedules
-        self.layer_offset = get_transformer_layer_offset(config, vp_stage)
         self.cp_group = self.language_model.pg_collection.cp
 
     def forward(
@@ -143,3 +144,12 @@ class LanguageModel(MegatronModule):
     def shared_embedding_or_output_weight(self) -> Tensor | None:
         """The tied matrix on the stages that hold it; called by mcore's gradient reduction."""
         return self.language_model.shared_embedding_or_output_weight()
+
+
+def _layers(
+    model: ModelConfig, config: TransformerConfig, sparse: Sequence[bool], numbers: Iterable[int]
+) -> list[ModuleSpec]:
+    """The decoder layers ``numbers``."""
+    dense = layer_spec(model, config)
+    dense.module = DecoderLayer
+    return [sparse_spec(dense, config) if sparse[number] else dense for number in numbers]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -19,6 +20,7 @@ from megatron.core.utils import is_te_min_version
 from torch import Tensor
 
 from megarl.config import ModelConfig
+from megarl.models.common.experts import experts_spec
 from megarl.parallel.attention import LayerNorm, PackedSelfAttention, RMSNorm, TorchAttention
 
 # A Transformer Engine layer fuses its norms into the linear layers behind them; mapping tables know the plain names.
@@ -88,9 +90,16 @@ def layer_spec(model: ModelConfig, config: TransformerConfig, *, causal: bool = 
     return spec
 
 
-def block_spec(layer: ModuleSpec, config: TransformerConfig, num_layers: int) -> TransformerBlockSubmodules:
-    """``num_layers`` equal layers and, where the block has one, a final norm."""
-    return TransformerBlockSubmodules(layer_specs=[layer] * num_layers, layer_norm=norm_module(config))
+def sparse_spec(layer: ModuleSpec, config: TransformerConfig) -> ModuleSpec:
+    """``layer`` with experts in the place of its MLP."""
+    # the norm before an MLP may be fused into it
+    submodules = replace(layer.submodules, pre_mlp_layernorm=norm_module(config), mlp=experts_spec(config))
+    return replace(layer, submodules=submodules)
+
+
+def block_spec(layers: list[ModuleSpec], config: TransformerConfig) -> TransformerBlockSubmodules:
+    """``layers`` and, where the block has one, a final norm."""
+    return TransformerBlockSubmodules(layer_specs=layers, layer_norm=norm_module(config))
 
 
 def mlp_spec() -> MLPSubmodules:

@@ -106,7 +106,7 @@ class VisionModel(MegatronModule):
             scale = ModuleSpec(module=LayerScale, params={"hidden_size": width, "dtype": dtype})
             layer.submodules.self_attn_bda = layer.submodules.mlp_bda = scale
         self.blocks = FeatureBlock(
-            config, block_spec(layer, config, config.num_layers), post_layer_norm=False, pg_collection=groups
+            config, block_spec([layer] * config.num_layers, config), post_layer_norm=False, pg_collection=groups
         )
         self.carried = Carried(carried_shapes(hf), dtype)
 

@@ -6,6 +6,9 @@ Checkpoint names are those of the published files: ``visual.*``, ``model.*``, ``
 
 from __future__ import annotations
 
+from typing import Any
+
+from torch import Tensor
 from transformers import PretrainedConfig
 
 from megarl.models.common.language import language_mappings
@@ -16,12 +19,13 @@ from megarl.models.qwen_vl.config import Tower, tower
 MLP_NAMES = {"qwen2_vl": ("fc1", "fc2"), "qwen2_5_vl": ("", "down_proj"), "qwen3_vl": ("linear_fc1", "linear_fc2")}
 MERGER_NAMES = {"qwen2_vl": ("ln_q", "mlp.0", "mlp.2"), "qwen3_vl": ("norm", "linear_fc1", "linear_fc2")}
 MERGER_NAMES["qwen2_5_vl"] = MERGER_NAMES["qwen2_vl"]
+MLP_NAMES["qwen3_vl_moe"], MERGER_NAMES["qwen3_vl_moe"] = MLP_NAMES["qwen3_vl"], MERGER_NAMES["qwen3_vl"]
 
 
 def mappings(hf: PretrainedConfig) -> list[Mapping]:
     """One mapping for each parameter of the unsplit model; tied output weights have none of their own."""
     text, tied = hf.text_config, hf.tie_word_embeddings
-    if hf.model_type == "qwen3_vl":
+    if hf.model_type in ("qwen3_vl", "qwen3_vl_moe"):
         return [*_vision(hf, "model.visual."), *language_mappings(text, tied=tied, prefix="model.language_model.")]
     return [*_vision(hf, "visual."), *language_mappings(text, tied=tied)]
 
@@ -33,6 +37,18 @@ def canonical_name(name: str) -> str:
     if name.startswith("model.language_model."):
         return "model." + name.removeprefix("model.language_model.")
     return name
+
+
+def canonical_tensor(config: dict[str, Any], name: str, tensor: Tensor) -> Tensor:
+    """The experts' matrices of Qwen3-VL-MoE as published, [E, inputs, outputs]; transformers 5 writes its own layout.
+
+    Like transformers, goes by the shape: matrices that are square are taken as published.
+    """
+    kind = name.rpartition("mlp.experts.")[2]
+    hidden = {"gate_up_proj": 1, "down_proj": 2}.get(kind)  # the dimension that is the decoder's width
+    if hidden is None or tensor.dim() != 3 or tensor.shape[hidden] == config["text_config"]["hidden_size"]:
+        return tensor
+    return tensor.transpose(1, 2)
 
 
 def _linear(ours: str, theirs: str, *, shard_dim: int) -> list[Mapping]:

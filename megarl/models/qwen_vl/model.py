@@ -55,7 +55,7 @@ class VisionModel(MegatronModule):
         elif vision.deepstack:
             spec = ModuleSpec(module=TappedLayer, submodules=spec.submodules, params={"taps": vision.deepstack})
         self.blocks = TransformerBlock(
-            config, block_spec(spec, config, config.num_layers), post_layer_norm=False, pg_collection=groups
+            config, block_spec([spec] * config.num_layers, config), post_layer_norm=False, pg_collection=groups
         )
 
     def forward(self, pixel_values: Tensor, grids: Tensor) -> tuple[Tensor, Tensor | None]:

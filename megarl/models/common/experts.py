@@ -1,0 +1,90 @@
+"""The experts of a decoder layer: Megatron-Core's router and dispatcher, and matrices in the shape of the checkpoints.
+
+Shapes: E experts of a rank, N tokens that came to them in order of expert, H hidden, I of an expert's inside.
+"""
+
+from __future__ import annotations
+
+from contextlib import nullcontext
+from typing import Any
+
+import torch
+from megatron.core.dist_checkpointing.mapping import ShardedTensor
+from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.tensor_parallel.layers import set_tensor_model_parallel_attributes
+from megatron.core.tensor_parallel.random import get_cuda_rng_tracker, get_expert_parallel_rng_tracker_name
+from megatron.core.transformer.module import MegatronModule
+from megatron.core.transformer.moe.moe_layer import MoELayer, MoESubmodules
+from megatron.core.transformer.spec_utils import ModuleSpec
+from megatron.core.transformer.transformer_config import TransformerConfig
+from torch import Tensor, nn
+
+# fields of TransformerConfig that choose among mcore's own experts, and the value that says what these are
+FIXED = {
+    "moe_grouped_gemm": False,
+    "moe_use_legacy_grouped_gemm": False,
+    "moe_apply_probs_on_input": False,
+    "moe_latent_size": None,
+    "expert_tensor_parallel_size": 1,
+}
+
+
+class Experts(MegatronModule):
+    """A rank's gated MLPs, each of the two parameters one tensor of them all: what mcore's ``MoELayer`` asks for.
+
+    No expert is cut: tensor-parallel ranks are expert-parallel or data-parallel ones here, each with its own tokens.
+    """
+
+    def __init__(
+        self, num_local_experts: int, config: TransformerConfig, *, pg_collection: ProcessGroupCollection
+    ) -> None:
+        super().__init__(config)
+        self.expert_group, self.replica_group = pg_collection.ep, pg_collection.expt_dp
+        hidden, inside = config.hidden_size, config.moe_ffn_hidden_size
+        device = None if config.use_cpu_initialization else torch.cuda.current_device()
+        for name, inputs, outputs in (("weight1", hidden, 2 * inside), ("weight2", inside, hidden)):
+            weight = torch.empty(num_local_experts, inputs, outputs, dtype=config.params_dtype, device=device)
+            parameter = nn.Parameter(weight)
+            parameter.allreduce = False  # its gradient is summed over the ranks that hold the same experts
+            set_tensor_model_parallel_attributes(parameter, True, 0, 1)  # none of them is a copy to the norm
+            self.register_parameter(name, parameter)
+        if config.perform_initialization:
+            tracker = get_cuda_rng_tracker().fork(get_expert_parallel_rng_tracker_name())
+            with nullcontext() if config.use_cpu_initialization else tracker:
+                config.init_method(self.weight1)
+                config.output_layer_init_method(self.weight2)
+
+    def forward(self, tokens: Tensor, tokens_per_expert: Tensor, probs: Tensor) -> tuple[Tensor, None]:
+        """[N, H] -> [N, H], each token's output times its ``probs`` [N]; tokens_per_expert: [E] int64."""
+        counts = tokens_per_expert.tolist()
+        outputs = []
+        # unbound once: the gradient of an indexed expert would be as large as that of all
+        weights = zip(self.weight1.unbind(), self.weight2.unbind(), strict=True)
+        for (first, second), x, prob in zip(weights, tokens.split(counts), probs.split(counts), strict=True):
+            gate, up = (x @ first).chunk(2, dim=-1)
+            outputs.append((self.config.activation_func(gate) * up * prob[:, None]).to(x.dtype) @ second)
+        return torch.cat(outputs), None
+
+    def sharded_state_dict(self, prefix: str = "", sharded_offsets: tuple = (), metadata: dict | None = None) -> dict:
+        """The parameters as parts of those of all experts; called by mcore's checkpointing."""
+        where = (len(sharded_offsets), self.expert_group.rank(), self.expert_group.size())
+        return {
+            f"{prefix}{name}": ShardedTensor.from_rank_offsets(
+                f"{prefix}{name}",
+                parameter,
+                *sharded_offsets,
+                where,
+                replica_id=(0, 0, self.replica_group.rank()),
+                prepend_axis_num=len(sharded_offsets),
+            )
+            for name, parameter in self.named_parameters()
+        }
+
+
+def experts_spec(config: TransformerConfig) -> ModuleSpec:
+    """The layer's part that takes the MLP's place; ``ValueError`` names a field that asks for other experts."""
+    values: dict[str, Any] = {name: getattr(config, name) for name in FIXED}
+    for name, value in values.items():
+        if value != FIXED[name]:
+            raise ValueError(f"model.megatron.{name}={value}: experts know {FIXED[name]} only")
+    return ModuleSpec(module=MoELayer, submodules=MoESubmodules(experts=ModuleSpec(module=Experts)))
