@@ -118,6 +118,12 @@ VISION = {
     "temporal_patch_size": 2,
     "initializer_range": INIT_STD,
 }
+QWEN3_VISION = VISION | {
+    "hidden_size": 64,
+    "intermediate_size": 128,
+    "out_hidden_size": 128,
+    "num_position_embeddings": 64,
+}
 
 
 def qwen2_vl(path: str | Path, seed: int = 0, num_hidden_layers: int = 3) -> None:
@@ -140,16 +146,24 @@ def qwen2_5_vl(path: str | Path, seed: int = 0, num_hidden_layers: int = 3) -> N
 
 def qwen3_vl(path: str | Path, seed: int = 0, num_hidden_layers: int = 3) -> None:
     """Write a random Qwen3-VL (about 0.8 M parameters) to ``path``; the directory appears whole or not at all."""
-    vision = VISION | {
-        "hidden_size": 64,
-        "intermediate_size": 128,
-        "out_hidden_size": 128,
-        "num_position_embeddings": 64,
-        "deepstack_visual_indexes": [0],
-    }
+    vision = QWEN3_VISION | {"deepstack_visual_indexes": [0]}
+    _qwen_vl(path, seed, "Qwen3VL", _qwen3_text(num_hidden_layers), vision)
+
+
+def qwen3_vl_moe(path: str | Path, seed: int = 0, num_hidden_layers: int = 3) -> None:
+    """Write a random Qwen3-VL-MoE (about 1.7 M parameters) to ``path``; the directory appears whole or not at all.
+
+    Of 8 experts in every layer but the first a token has 2.
+    """
+    vision = QWEN3_VISION | {"depth": 3, "deepstack_visual_indexes": [0, 1, 2]}  # SGLang takes three for granted
+    experts = {"num_experts": 8, "num_experts_per_tok": 2, "moe_intermediate_size": 96, "mlp_only_layers": [0]}
+    _qwen_vl(path, seed, "Qwen3VLMoe", _qwen3_text(num_hidden_layers) | experts, vision)
+
+
+def _qwen3_text(num_hidden_layers: int) -> dict[str, Any]:
     text = _text(num_hidden_layers) | {"head_dim": 32}
     text["rope_parameters"] = text["rope_parameters"] | {"mrope_section": [6, 5, 5], "mrope_interleaved": True}
-    _qwen_vl(path, seed, "Qwen3VL", text, vision)
+    return text
 
 
 def _text(num_hidden_layers: int) -> dict[str, Any]:
@@ -189,13 +203,13 @@ def _qwen_vl(path: str | Path, seed: int, name: str, text: dict[str, Any], visio
         model = getattr(transformers, f"{name}ForConditionalGeneration")(config).float()
     model.generation_config = transformers.GenerationConfig(eos_token_id=[end, pad], pad_token_id=pad)
     videos = dict(PIXELS)
-    if name == "Qwen3VL":  # bounds of a video's frames together
+    if name.startswith("Qwen3VL"):  # bounds of a video's frames together
         videos["size"] = {"shortest_edge": videos.pop("min_pixels"), "longest_edge": 8 * videos.pop("max_pixels")}
-    processor = getattr(transformers, f"{name}Processor")(
+    processor = getattr(transformers, f"{name.removesuffix('Moe')}Processor")(
         image_processor=transformers.Qwen2VLImageProcessor(**PIXELS),
         tokenizer=words,
         video_processor=getattr(
-            transformers, "Qwen3VLVideoProcessor" if name == "Qwen3VL" else "Qwen2VLVideoProcessor"
+            transformers, "Qwen3VLVideoProcessor" if name.startswith("Qwen3VL") else "Qwen2VLVideoProcessor"
         )(**videos),
         chat_template=CHAT_TEMPLATE,
     )

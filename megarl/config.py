@@ -88,7 +88,7 @@ class ParallelConfig:
     pipeline_layout: list[int] = field(default_factory=list)  # decoder layers of each piece, first to last; []: even
     context_parallel_size: int = 1  # ranks that share the tokens of every sequence
     cp_comm_type: str = "auto"  # all_gather (keys, values) | a2a (heads) | p2p (a ring); auto: what the layers do best
-    expert_model_parallel_size: int = 1
+    expert_model_parallel_size: int = 1  # ranks of a stage, whatever tokens they have, that share a layer's experts
     sequence_parallel: bool = False
     use_distributed_optimizer: bool = True  # shard the optimizer's state over data-parallel ranks
     balance_vision: bool = True  # data- and context-parallel ranks share the images of a microbatch by their cost
@@ -119,6 +119,11 @@ class ParallelConfig:
     def model_parallel_size(self) -> int:
         """Ranks that together see every token of a sequence in every layer."""
         return self.tensor_model_parallel_size * self.pipeline_model_parallel_size * self.context_parallel_size
+
+    @property
+    def replica_size(self) -> int:
+        """The first ranks of a pipeline stage that together hold its weights, in whole groups."""
+        return math.lcm(self.tensor_model_parallel_size, self.expert_model_parallel_size)
 
     @property
     def interleaved(self) -> bool:

@@ -20,15 +20,16 @@ from torch import Tensor, nn
 from megarl.checkpoint.huggingface import parameters_of
 from megarl.models.common.lora import adapted_layers
 from megarl.models.mapping import Mapping
+from megarl.parallel.groups import is_first_replica, shard_group
 
 BUCKET_BYTES = 512 << 20
 
 Bucket = list[tuple[str, Tensor]]
 
 
-def _gather_shards(parameters: list[Tensor]) -> list[list[Tensor]]:
-    """The shards of each parameter in order of tensor-parallel rank, with one all-gather for each dtype."""
-    size = parallel_state.get_tensor_model_parallel_world_size()
+def _gather_shards(parameters: list[Tensor], group: dist.ProcessGroup) -> list[list[Tensor]]:
+    """The shards of each parameter in order of rank in ``group``, with one all-gather for each dtype."""
+    size = group.size()
     if size == 1:
         return [[parameter] for parameter in parameters]
     shards: list[list[Tensor]] = [[] for _ in parameters]
@@ -37,7 +38,6 @@ def _gather_shards(parameters: list[Tensor]) -> list[list[Tensor]]:
         indices = list(members)
         flat = torch.cat([parameters[i].reshape(-1) for i in indices])
         gathered = flat.new_empty(size * flat.numel())
-        group = parallel_state.get_tensor_model_parallel_group()
         dist.all_gather_into_tensor(gathered, flat, group=group)
         columns = gathered.view(size, -1).split([parameters[i].numel() for i in indices], dim=1)
         for i, column in zip(indices, columns, strict=True):
@@ -61,14 +61,14 @@ def export_tensors(
 ) -> Iterator[Bucket]:
     """Whole tensors of this pipeline stage under their Hugging Face names, in buckets of about ``bucket_bytes``.
 
-    Every rank of the tensor-parallel group calls it and exhausts it: a bucket is one all-gather. All of them get the
-    same buckets; the other stages yield their own tensors, and each tensor comes from exactly one stage. ``dtype`` None
-    keeps the parameters'. A tensor may be a view of the live parameter: copy what must outlive the next step.
-    ``model`` is the unwrapped module.
+    Every rank of the tensor- and expert-parallel groups calls it and exhausts it: a bucket is one all-gather in each.
+    All of them get the same buckets; the other stages yield their own tensors, and each comes from exactly one stage.
+    ``dtype`` None keeps the parameters'. A tensor may be a view of the live parameter: copy what must outlive the next
+    step. ``model`` is the unwrapped module.
     """
     local, adapted = parameters_of(model, model.global_name), adapted_layers(model)
     own = [mapping for mapping in mappings if any(not _is_tied_copy(model, p) for p in local.get(mapping.megatron, []))]
-    size = parallel_state.get_tensor_model_parallel_world_size()
+    groups = {mapping.parallelism: shard_group(mapping.parallelism) for mapping in own}
     bucket: list[Mapping] = []
     num_bytes = 0
 
@@ -78,9 +78,11 @@ def export_tensors(
         return parameter if layer is None or not layer.adapter.enabled else layer.adapter.merged(parameter)
 
     def emit() -> Bucket:
-        split = [mapping for mapping in bucket if mapping.shard_dim is not None]
-        gathered = _gather_shards([shard(mapping) for mapping in split]) if split else []
-        shards = {mapping.megatron: parts for mapping, parts in zip(split, gathered, strict=True)}
+        shards: dict[str, list[Tensor]] = {}
+        for parallelism, group in groups.items():
+            split = [m for m in bucket if m.shard_dim is not None and m.parallelism == parallelism]
+            gathered = _gather_shards([shard(mapping) for mapping in split], group) if split else []
+            shards |= {mapping.megatron: parts for mapping, parts in zip(split, gathered, strict=True)}
         tensors: Bucket = []
         for mapping in bucket:
             name = mapping.megatron
@@ -90,7 +92,7 @@ def export_tensors(
 
     for mapping in own:
         parameter = local[mapping.megatron][0]
-        whole_bytes = parameter.nbytes * (1 if mapping.shard_dim is None else size)
+        whole_bytes = parameter.nbytes * (1 if mapping.shard_dim is None else groups[mapping.parallelism].size())
         if bucket and num_bytes + whole_bytes > bucket_bytes:
             yield emit()
             bucket, num_bytes = [], 0
@@ -131,14 +133,14 @@ def export_to_rank_zero(
     Every rank calls it and exhausts it. Stages send one bucket after another to rank 0, which asks for the next only
     when it has consumed the last: it never holds more than two buckets. Only the first replica of the weights works.
     """
-    if parallel_state.get_data_parallel_rank(with_context_parallel=True) != 0:
+    if not is_first_replica():
         return
     group = parallel_state.get_pipeline_model_parallel_group()
     stages = dist.get_process_group_ranks(group)
     rank = dist.get_rank()
     buckets = export_tensors(model, mappings, bucket_bytes=bucket_bytes, dtype=dtype)
     device = next(model.parameters()).device
-    if rank == stages[0]:  # the first stage's other tensor-parallel ranks only take part in the all-gathers
+    if rank == stages[0]:  # the first stage's other ranks only take part in the all-gathers
         for bucket in buckets:
             yield from bucket if rank == 0 else []
         for source in stages[1:] if rank == 0 else []:

@@ -151,6 +151,14 @@ class HFReader:
             meta = torch.empty(view.get_shape(), dtype=DTYPES[view.get_dtype()], device="meta")
             self._meta[name] = self._canonical_tensor(name, meta)
 
+    def is_published(self) -> bool:
+        """Whether every tensor is stored in the published layout, which others take for granted."""
+        shapes = {path: self._open(path) for path, _ in self.files.values()}
+        return all(
+            shapes[path].get_slice(stored).get_shape() == list(self.meta(name).shape)
+            for name, (path, stored) in self.files.items()
+        )
+
     def num_bytes(self) -> int:
         """Of all tensors."""
         return sum(self.meta(name).nbytes for name in self.files)

@@ -404,6 +404,7 @@ def _restore_rng(path: Path, manifest: Manifest) -> None:
         "tensor_model_parallel_size": parallel_state.get_tensor_model_parallel_world_size(),
         "pipeline_model_parallel_size": parallel_state.get_pipeline_model_parallel_world_size(),
         "context_parallel_size": parallel_state.get_context_parallel_world_size(),
+        "expert_model_parallel_size": parallel_state.get_expert_model_parallel_world_size(),
         "data_parallel_size": parallel_state.get_data_parallel_world_size(),
     }
     saved = {name: manifest.parallel.get(name, 1) for name in sizes}

@@ -11,6 +11,7 @@ from megarl.config import ParallelConfig
 from megarl.parallel import mcore_cpu
 
 _solo: dist.ProcessGroup | None = None
+_replica_size = 1
 
 
 def initialize(parallel: ParallelConfig, seed: int) -> None:
@@ -20,7 +21,7 @@ def initialize(parallel: ParallelConfig, seed: int) -> None:
     Ranks are ordered tensor first, then context, data and pipeline.
     Raises ``ValueError`` when the world cannot be divided.
     """
-    global _solo
+    global _solo, _replica_size
     mcore_cpu.enter()
     parallel.check_world(dist.get_world_size())
     parallel_state.initialize_model_parallel(
@@ -33,6 +34,7 @@ def initialize(parallel: ParallelConfig, seed: int) -> None:
         expert_model_parallel_size=parallel.expert_model_parallel_size,
         expert_tensor_parallel_size=1,  # an expert is never cut: its matrices are small, and gloo gathers no odd parts
     )
+    _replica_size = parallel.replica_size
     _solo, _ = dist.new_subgroups(group_size=1)
     torch.manual_seed(seed)
     tensor_parallel.model_parallel_cuda_manual_seed(seed, force_reset_rng=True)
@@ -50,6 +52,15 @@ def shard_group(parallelism: str) -> dist.ProcessGroup:
     if parallelism == "expert":
         return parallel_state.get_expert_model_parallel_group()
     return parallel_state.get_tensor_model_parallel_group()
+
+
+def is_first_replica() -> bool:
+    """Whether this rank is among the first of its pipeline stage that together hold all of the stage's weights.
+
+    They are whole tensor- and expert-parallel groups, and may hold some weights more than once.
+    """
+    stage = dist.get_world_size() // parallel_state.get_pipeline_model_parallel_world_size()
+    return dist.get_rank() % stage < _replica_size
 
 
 def solo_group() -> dist.ProcessGroup:

@@ -16,6 +16,7 @@ from sglang.srt.layers.linear import (
     QKVParallelLinear,
     RowParallelLinear,
 )
+from sglang.srt.layers.moe.fused_moe_triton.layer import FusedMoE
 from sglang.srt.layers.vocab_parallel_embedding import VocabParallelEmbedding
 from sglang.srt.lora.layers import BaseLayerWithLoRA
 from sglang.srt.lora.lora_manager import LoRAManager
@@ -59,6 +60,18 @@ def _unfuse_gate_up(
         yield name.replace("gate_up_proj", "up_proj"), up
 
 
+def _unfuse_experts(name: str, module: FusedMoE, parameter: Tensor) -> Iterator[tuple[str, Tensor]]:
+    """[E, 2 I, H] and [E, H, I] as [E, H, 2 I] and [E, I, H]; ranks hold some experts, and of those some of I."""
+    tp, ep = module.moe_tp_size, module.moe_ep_size
+    prefix, leaf = name.rsplit(".", 1)
+    kind, parts, dim = {"w13_weight": ("gate_up_proj", 2, 1), "w2_weight": ("down_proj", 1, 2)}[leaf]
+    whole = []
+    for part in parameter.chunk(parts, dim=dim):
+        shards = _gather(part, tp * ep)
+        whole.append(torch.cat([torch.cat(shards[start : start + tp], dim=dim) for start in range(0, tp * ep, tp)]))
+    yield f"{prefix}.{kind}", torch.cat(whole, dim=dim).transpose(1, 2).contiguous()
+
+
 # What SGLang calls the parts of a model whose checkpoint calls them otherwise, by class.
 _QWEN3_VL = {"visual.": "model.visual.", "model.": "model.language_model."}
 PREFIXES = {"Qwen3VLForConditionalGeneration": _QWEN3_VL, "Qwen3VLMoeForConditionalGeneration": _QWEN3_VL}
@@ -97,6 +110,8 @@ def _unfused(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
             yield from _unfuse_qkv(name, module, tensor, fused)
         elif isinstance(module, MergedColumnParallelLinear):
             yield from _unfuse_gate_up(name, module, tensor, fused)
+        elif isinstance(module, FusedMoE):
+            yield from _unfuse_experts(name, module, tensor)
         elif isinstance(module, ColumnParallelLinear):
             yield name, torch.cat(_gather(tensor, module.tp_size))
         elif isinstance(module, RowParallelLinear) and is_weight:

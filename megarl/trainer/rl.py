@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -12,6 +13,7 @@ from ray.exceptions import RayError
 from megarl.algorithms.advantages import compute_advantages, value_targets
 from megarl.algorithms.filters import apply_filters
 from megarl.algorithms.weights import compute_loss_weights
+from megarl.checkpoint.huggingface import HFReader
 from megarl.config import RunConfig
 from megarl.data.packing import Packing, pack_bins
 from megarl.data.processors import load_processor
@@ -51,7 +53,7 @@ class RLTrainer:
         self.state: dict[str, Any] = {"source": self.source.state_dict()} | self.estimator.state_dict()
         self.rewards = RewardRunner(reward_functions(config), config.rewards)
         self.rollout = RolloutManager(
-            self.engine_config(), hf_dir, sync=lambda engines: self.sync.resend(engines, self.step)
+            self.engine_config(hf_dir), hf_dir, sync=lambda engines: self.sync.resend(engines, self.step)
         )
         run.console.message(f"{len(self.rollout.engines)} SGLang engine(s) ready")
         self.sync = WeightSync(
@@ -119,12 +121,14 @@ class RLTrainer:
                 if self.rollout.num_restarts == restarts:  # it was something else
                     raise
 
-    def engine_config(self) -> RunConfig:
-        """The configuration of the engines: they make room for adapters when they start."""
-        if self.config.weight_sync.lora == "merged":
-            return self.config
-        modules = {"lora_target_modules": self.workers.call("adapter_modules")[0]}
-        rollout = replace(self.config.rollout, engine=modules | self.config.rollout.engine)
+    def engine_config(self, hf_dir: str) -> RunConfig:
+        """The configuration of the engines: they make room for adapters, and wait for weights that they cannot read."""
+        engine: dict[str, Any] = {}
+        if self.config.weight_sync.lora == "adapter":
+            engine["lora_target_modules"] = self.workers.call("adapter_modules")[0]
+        if any(Path(hf_dir).glob("*.safetensors")) and not HFReader(Path(hf_dir)).is_published():
+            engine["load_format"] = "dummy"  # ``fit`` begins with a push
+        rollout = replace(self.config.rollout, engine=engine | self.config.rollout.engine)
         return replace(self.config, rollout=rollout)
 
     def canary(self) -> EncodedPrompt:

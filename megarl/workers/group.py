@@ -56,10 +56,10 @@ class WorkerGroup:
         return self.config.data_parallel_size
 
     def exporters(self) -> list[list[ActorHandle]]:
-        """The tensor-parallel groups that together hold one copy of the weights, by pipeline stage."""
+        """The ranks that together hold one copy of the weights, by pipeline stage."""
         parallel = self.config.parallel
-        tp, stage = parallel.tensor_model_parallel_size, len(self.ranks) // parallel.pipeline_model_parallel_size
-        return [self.ranks[start : start + tp] for start in range(0, len(self.ranks), stage)]
+        size, stage = parallel.replica_size, len(self.ranks) // parallel.pipeline_model_parallel_size
+        return [self.ranks[start : start + size] for start in range(0, len(self.ranks), stage)]
 
     def call(self, method: str, *args: Any, **kwargs: Any) -> list[Any]:
         """``method`` with the same arguments on every rank; the results in order of rank.

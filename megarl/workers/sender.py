@@ -12,15 +12,10 @@ from ray.exceptions import RayActorError
 
 from megarl.checkpoint.export import Bucket
 from megarl.config import RunConfig
-from megarl.parallel import mcore_cpu
 from megarl.utils.checksum import tensor_checksum
 from megarl.utils.network import free_port
 from megarl.weight_sync.broadcast import broadcast_bucket, create_group, destroy_group, layout
 from megarl.weight_sync.shared import share_bucket
-
-mcore_cpu.install()
-
-from megatron.core import parallel_state  # noqa: E402
 
 
 class WeightSender:
@@ -33,10 +28,10 @@ class WeightSender:
     def send(self, buckets: Iterator[Bucket], engines: list[ActorHandle], version: int, final: bool) -> dict[str, str]:
         """Push a stage's ``buckets`` to ``engines``; their checksums, {} past the first rank.
 
-        The stage's tensor-parallel ranks all call it; stages take turns, and the ``final`` one makes the engines forget
-        what they computed with the old weights.
+        The stage's first replica calls it (``groups.is_first_replica``); stages take turns, and the ``final`` one makes
+        the engines forget what they computed with the old weights.
         """
-        leads = parallel_state.get_tensor_model_parallel_rank() == 0
+        leads = self.rank % (self.config.world_size // self.config.parallel.pipeline_model_parallel_size) == 0
         deliver = self._broadcast if self.config.weight_sync.transport == "broadcast" else self._share
         sent: dict[str, str] = {}
         failure: Exception | None = None

@@ -30,6 +30,7 @@ CASES = {
     "pp2_frozen_decoder": (2, (1, 2), {}, {"freeze": ["decoder"]}, {}),
     "tp2_cp2": (4, (2, 1, 2), {}, {}, {}),
     "pp2_vpp2": (2, (1, 2, 1, 2), {}, {}, {}),
+    "tp2_dp2_ep2": (4, (2, 1, 1, 0, 2), {"overlap": True}, {}, {}),
     "tp2_dp2_lora": (4, (2, 1), {}, {"lora": LORA}, {}),
     "pp2_lora_of_the_tower": (2, (1, 2), {}, {"lora": LoraConfig(rank=2, parts=["vision_tower"])}, {}),
 }
@@ -90,7 +91,8 @@ def resumed(case: str, reference: Reference, path: str) -> tuple:
 @pytest.mark.parametrize("case", CASES)
 def test_resume_is_bit_equal(pool, references, tmp_path, case):
     world_size = CASES[case][0]
-    reference = references("deep_tied" if "vpp" in case else "gqa2_tied")
+    names = {"vpp2": ("deep_tied",), "ep2": ("mixed", "qwen3_vl_moe")}
+    reference = references(*names.get(case.rpartition("_")[2], ("gqa2_tied",)))
     without_stop = pool.run(straight, world_size, case, reference, str(tmp_path))
     path = latest(tmp_path)
     assert path == tmp_path / "step_000002"
@@ -129,7 +131,8 @@ def one_step(trainable, reference: Reference) -> dict:
     loss = step(trainable, reference)
     named = [(trainable.model.global_name(name), p) for name, p in trainable.model.named_parameters()]
     return {
-        "tp": ps.get_tensor_model_parallel_rank(),
+        "tensor": ps.get_tensor_model_parallel_rank(),
+        "expert": ps.get_expert_model_parallel_rank(),
         "loss": loss,
         "gradients": {name: p.main_grad.clone() for name, p in named},
         "updated": {name: p.detach().clone() for name, p in named},
@@ -178,6 +181,8 @@ def train_and_save(
         ("qwen2_5_vl", "deep_tied", NONE, (2, (1, 2, 1, 2)), [(1, (1, 1)), (4, (2, 1, 2))]),
         ("qwen2_5_vl", "deep_tied", LORA, (4, (2, 2)), [(1, (1, 1)), (2, (1, 2, 1, 2))]),
         ("qwen3_vl", "seed0", NONE, (4, (2, 2)), [(1, (1, 1))]),
+        ("qwen3_vl_moe", "sparse", NONE, (4, (2, 1, 1, 0, 4)), [(1, (1, 1)), (2, (2, 1)), (4, (1, 2, 1, 0, 2))]),
+        ("qwen3_vl_moe", "mixed", NONE, (4, (2, 2, 1, 0, 2)), [(1, (1, 1)), (4, (1, 1, 2, 0, 4))]),
     ],
 )
 def test_any_layout_continues_with_the_same_losses(pool, references, tmp_path, family, name, lora, saved, loaded):

@@ -57,13 +57,14 @@ def tiny(name: str, directory: Path, dtype: torch.dtype = torch.float32, *, fami
 
 
 def run_config(directory: str | Path, layout: tuple[int, ...], **model: object) -> RunConfig:
-    """layout: tensor and pipeline parallel size, then context parallel and virtual pipeline size where they matter."""
-    tp, pp, cp, vpp = layout + (1, 1, 1, 0)[len(layout) :]
+    """layout: tensor and pipeline parallel size, then context, virtual pipeline and expert where they matter."""
+    tp, pp, cp, vpp, ep = layout + (1, 1, 1, 0, 1)[len(layout) :]
     parallel = ParallelConfig(
         tensor_model_parallel_size=tp,
         pipeline_model_parallel_size=pp,
         context_parallel_size=cp,
         virtual_pipeline_model_parallel_size=vpp,
+        expert_model_parallel_size=ep,
         sequence_parallel=tp > 1,
     )
     return RunConfig(model=ModelConfig(path=str(directory), **model), parallel=parallel)

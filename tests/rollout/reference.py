@@ -6,9 +6,10 @@ from pathlib import Path
 import numpy as np
 import torch
 from PIL import Image
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 
 from examples import tiny_models
+from megarl.checkpoint.huggingface import HFReader
 from megarl.data.processors import Processor
 from megarl.data.videos import pack_frames
 from megarl.types import EncodedPrompt, Media, Prompt
@@ -22,14 +23,15 @@ def write_model(path: Path, seed: int, kind: str = "qwen2_5_vl") -> Path:
     Not larger: transformers' own log-probs in float32 are up to 3e-5 from those in float64, at three times up to 1e-4.
     """
     getattr(tiny_models, kind)(path, seed)
-    file = path / "model.safetensors"
-    save_file({k: v * 2 if v.dim() > 1 else v for k, v in load_file(file).items()}, file, metadata={"format": "pt"})
+    named = {k: v * 2 if v.dim() > 1 else v for k, v in tensors(path).items()}
+    save_file(named, path / "model.safetensors", metadata={"format": "pt"})
     return path
 
 
 def tensors(path: Path) -> dict[str, torch.Tensor]:
-    """The weights of a directory under the names of its file."""
-    return load_file(path / "model.safetensors")
+    """The weights of a directory as published."""
+    reader = HFReader(path)
+    return {name: reader[name].contiguous() for name in reader.keys()}  # noqa: SIM118
 
 
 def image(seed: int, height: int = 56, width: int = 84) -> bytes:

@@ -17,7 +17,7 @@ from tests.rollout.test_engine import assert_parity, push_shared, sample
 pytestmark = pytest.mark.slow
 
 
-@pytest.fixture(scope="module", params=["qwen2_vl", "qwen2_5_vl", "qwen3_vl"])
+@pytest.fixture(scope="module", params=["qwen2_vl", "qwen2_5_vl", "qwen3_vl", "qwen3_vl_moe"])
 def served(request, cluster, tmp_path_factory):
     """An engine of a generation, its processor, and two directories of weights; it serves the first."""
     from megarl.data.processors import load_processor

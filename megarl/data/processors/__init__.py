@@ -17,7 +17,7 @@ from transformers import AutoConfig  # noqa: E402
 
 PROCESSORS: dict[str, type[Processor]] = {  # by model_type
     **dict.fromkeys(("qwen2_vl", "qwen2_5_vl"), QwenVLProcessor),
-    "qwen3_vl": Qwen3VLProcessor,
+    **dict.fromkeys(("qwen3_vl", "qwen3_vl_moe"), Qwen3VLProcessor),
     "llava": LlavaProcessor,
     "llava_next": LlavaNextProcessor,
     "llava_onevision": LlavaOnevisionProcessor,

@@ -32,7 +32,7 @@ def tower_cost(config: PretrainedConfig) -> TowerCost:
     if config.model_type == "qwen2_vl":
         return TowerCost(vision.embed_dim, vision.depth, round(2 * vision.mlp_ratio * vision.embed_dim**2))
     mlp = vision.hidden_size * vision.intermediate_size
-    if config.model_type == "qwen3_vl":
+    if config.model_type in ("qwen3_vl", "qwen3_vl_moe"):
         return TowerCost(vision.hidden_size, vision.depth, 2 * mlp)
     return TowerCost(
         vision.hidden_size,
