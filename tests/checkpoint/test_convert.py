@@ -141,7 +141,7 @@ def test_llavas_go_there_and_back(pool, tmp_path, name):
 @pytest.mark.parametrize(
     ("family", "name"),
     [*(("text", name) for name in FAMILIES["text"].names)]
-    + [(family, FAMILIES[family].names[0]) for family in ("qwen2_vl", "qwen3_vl")],
+    + [(family, FAMILIES[family].names[0]) for family in ("qwen2_vl", "qwen3_vl", "qwen3_vl_moe")],
 )
 def test_files_of_half_precision(tmp_path, family, name):
     from megarl.checkpoint.convert import hf_to_megatron, megatron_to_hf

@@ -150,6 +150,19 @@ def test_load_then_export_is_the_identity(pool, models, layout, name, dtype):
     assert max(results[0]["buckets"]) <= max(8000, 3 * largest)
 
 
+@pytest.mark.parametrize(("world_size", "layout"), [(2, (1, 1, 1, 0, 2)), (4, (2, 1, 1, 0, 4)), (4, (2, 2, 1, 0, 2))])
+def test_experts_of_other_ranks_are_exported_too(pool, tmp_path_factory, world_size, layout):
+    from megarl.utils.checksum import tensor_checksum
+    from tests.checkpoint.training import tiny
+
+    directory = tiny("mixed", tmp_path_factory.mktemp("experts"), family="qwen3_vl_moe").directory
+    reader = HFReader(directory)
+    stored = {key: tensor_checksum(reader[key]) for key in reader.keys()}  # noqa: SIM118
+    results = pool.run(load_and_export, world_size, directory, layout, 20000)
+    assert results[0]["whole"] == stored
+    assert len({tuple(result["stage"].items()) for result in results}) == layout[1]
+
+
 def refused(directory: str, layout: tuple[int, ...]) -> str:
     from megarl.checkpoint.huggingface import load_hf
     from tests.checkpoint.training import build_model, run_config

@@ -144,8 +144,9 @@ def train(
     forward_backward(forward, ddp, mine, train=True, force_all_reduce=force_all_reduce)
     named = [(model.global_name(name), p) for name, p in model.named_parameters()]
     gradients = {name: p.main_grad.clone() for name, p in named if p.requires_grad}
-    optimizer.step()
+    _, grad_norm, _ = optimizer.step()
     return {
+        "grad_norm": grad_norm,
         "tensor": ps.get_tensor_model_parallel_rank(),
         "expert": ps.get_expert_model_parallel_rank(),
         "dp": ps.get_data_parallel_rank(),

@@ -26,8 +26,14 @@ LORAS = {
     "llava": LoraConfig(rank=2, parts=["projector", "decoder"]),
     "qwen3_vl": LoraConfig(rank=2, parts=EVERY),
     "text": LoraConfig(rank=2),
+    "experts": LoraConfig(rank=2),
 }
-MODELS = {"llava": ("llava", Llava().names[0]), "qwen3_vl": ("qwen3_vl", "seed0"), "text": ("text", Text.names[0])}
+MODELS = {
+    "llava": ("llava", Llava().names[0]),
+    "qwen3_vl": ("qwen3_vl", "seed0"),
+    "text": ("text", Text.names[0]),
+    "experts": ("qwen3_vl_moe", "mixed"),
+}
 CASES = [
     ("decoder", "tp2"),
     ("q_v_up", "tp2_sp"),

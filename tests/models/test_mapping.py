@@ -24,6 +24,7 @@ def hf_names(*names: str) -> dict:
 
 CASES = [
     (Mapping(**hf_names("a"), shard_dim=1), {"a": (6, 8)}),
+    (Mapping(**hf_names("a"), shard_dim=0, parallelism="expert"), {"a": (4, 3, 2)}),
     (Mapping(**hf_names("a")), {"a": (7,)}),
     (Vocab(**hf_names("a"), vocab_size=130), {"a": (130, 3)}),
     (Vocab(**hf_names("a"), vocab_size=128), {"a": (128, 3)}),

@@ -7,7 +7,16 @@ from functools import cache
 import pytest
 
 from tests.models.families import FAMILIES
-from tests.models.parity import DEEP_LAYOUTS, LAYOUTS, MICROBATCHES, assert_near, check_logits, joined, run
+from tests.models.parity import (
+    DEEP_LAYOUTS,
+    EXPERT_LAYOUTS,
+    LAYOUTS,
+    MICROBATCHES,
+    assert_near,
+    check_logits,
+    joined,
+    run,
+)
 from tests.models.reference import reference
 
 LLAVA_LAYOUTS = ("tp2", "tp2_sp", "pp2", "tp2_pp2", "dp2", "cp2")
@@ -19,9 +28,12 @@ CASES = [
     *(("qwen2_5_vl", "deep_tied", layout) for layout in DEEP_LAYOUTS),
     *(("qwen3_vl", "seed1", layout) for layout in ("cp2", "tp2_sp_cp2", "pp2_vpp2", "pp2_uneven")),
     ("text", "qwen3_narrow_heads", "cp2_pp2"),
+    *(("qwen3_vl_moe", "mixed", layout) for layout in ("tp2_sp", "ep2_cp2", "ep4_tp2_sp_dp2")),
+    *(("qwen3_vl_moe", "seed0", layout) for layout in ("ep2_pp2_dp2", "ep2_tp2_sp_pp2_vpp2")),
     *(("llava", "clip_llama", layout) for layout in LLAVA_LAYOUTS),
     *(("llava_onevision", "onevision_siglip_qwen2", layout) for layout in LLAVA_LAYOUTS),
 ]
+SLOW = [("qwen3_vl_moe", name, layout) for name in ("sparse", "seed1") for layout in EXPERT_LAYOUTS]
 
 
 @pytest.fixture(scope="module")
@@ -30,7 +42,9 @@ def references(tmp_path_factory):
     return cache(lambda family, name: reference(FAMILIES[family], name, tmp_path_factory.mktemp(name)))
 
 
-@pytest.mark.parametrize(("family", "name", "layout"), CASES)
+@pytest.mark.parametrize(
+    ("family", "name", "layout"), [*CASES, *(pytest.param(*case, marks=pytest.mark.slow) for case in SLOW)]
+)
 def test_equals_transformers(pool, references, family, name, layout):
     ref = references(family, name)
     results = run(pool, ref, layout)
