@@ -92,8 +92,10 @@ def layer_spec(model: ModelConfig, config: TransformerConfig, *, causal: bool = 
 
 def sparse_spec(layer: ModuleSpec, config: TransformerConfig) -> ModuleSpec:
     """``layer`` with experts in the place of its MLP."""
-    # the norm before an MLP may be fused into it
-    submodules = replace(layer.submodules, pre_mlp_layernorm=norm_module(config), mlp=experts_spec(config))
+    # the norm before an MLP may be fused into it, and a checkpoint then has it there; experts leave it by itself
+    names = {k: v for k, v in layer.submodules.sharded_state_dict_keys_map.items() if k != "pre_mlp_layernorm."}
+    norm, experts = norm_module(config), experts_spec(config)
+    submodules = replace(layer.submodules, pre_mlp_layernorm=norm, mlp=experts, sharded_state_dict_keys_map=names)
     return replace(layer, submodules=submodules)
 
 
