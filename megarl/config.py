@@ -121,6 +121,12 @@ class ParallelConfig:
         return self.tensor_model_parallel_size * self.pipeline_model_parallel_size * self.context_parallel_size
 
     @property
+    def smallest_world(self) -> int:
+        """The fewest ranks that can be divided so: experts may be shared by more than see a sequence's tokens."""
+        sharing = self.tensor_model_parallel_size * self.context_parallel_size
+        return self.pipeline_model_parallel_size * math.lcm(sharing, self.expert_model_parallel_size)
+
+    @property
     def replica_size(self) -> int:
         """The first ranks of a pipeline stage that together hold its weights, in whole groups."""
         return math.lcm(self.tensor_model_parallel_size, self.expert_model_parallel_size)
@@ -549,7 +555,7 @@ class RunConfig:
     @property
     def world_size(self) -> int:
         """Ranks of the trainer."""
-        return self.trainer.num_nodes * (self.trainer.ranks_per_node or self.parallel.model_parallel_size)
+        return self.trainer.num_nodes * (self.trainer.ranks_per_node or self.parallel.smallest_world)
 
     @property
     def data_parallel_size(self) -> int:

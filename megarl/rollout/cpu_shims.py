@@ -86,6 +86,23 @@ def _pageable(create: Callable[..., Tensor]) -> Callable[..., Tensor]:
     return lambda *args, pin_memory=False, **kwargs: create(*args, **kwargs)
 
 
+def choose_experts_in_torch(topk: types.ModuleType) -> None:
+    """Let SGLang's ``topk`` choose experts by its own torch form, where it would call a kernel of CUDA or AMX."""
+
+    def fused_topk(
+        *,
+        num_fused_shared_experts: int,
+        routed_scaling_factor: float | None,
+        apply_routed_scaling_factor_on_output: bool,
+        **arguments: object,
+    ) -> tuple[Tensor, Tensor]:
+        if num_fused_shared_experts or apply_routed_scaling_factor_on_output:
+            raise NotImplementedError("shared experts and scaled routes need a build of sgl_kernel with kernels")
+        return topk.fused_topk_torch_native(**arguments)
+
+    topk.fused_topk = fused_topk
+
+
 def install() -> None:
     """Make ``import sglang`` work on a CPU build of torch; call it before that import, once or more."""
     if torch.version.cuda is not None or _libraries:

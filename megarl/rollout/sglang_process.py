@@ -18,6 +18,7 @@ cpu_shims.install()
 
 from sglang.srt.entrypoints.engine import Engine  # noqa: E402
 from sglang.srt.layers.attention import attention_registry  # noqa: E402
+from sglang.srt.layers.moe import topk  # noqa: E402
 from sglang.srt.lora import layers  # noqa: E402
 from sglang.srt.lora.backend import torch_backend  # noqa: E402
 from sglang.srt.lora.lora_manager import LoRAManager  # noqa: E402
@@ -143,6 +144,7 @@ def run_scheduler_process(*args: Any, **kwargs: Any) -> None:
     model_runner.LoRAManager = KnownLoRAManager
     if torch.version.cuda is None:
         cpu_shims.unpin(layers, torch_backend)
+        cpu_shims.choose_experts_in_torch(topk)
         attention_registry.ATTENTION_BACKENDS["torch_native"] = BatchedTorchAttention
     scheduler.run_scheduler_process(*args, **kwargs)
 
