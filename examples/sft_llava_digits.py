@@ -15,5 +15,5 @@ def config() -> RunConfig:
     c = qwen_vl()
     c.name = "sft_llava_digits"
     c.model = ModelConfig(path="runs/tiny_llava", factory="examples/tiny_models.py:llava")
-    c.trainer.run_dir, c.trainer.num_steps = "runs/sft_llava_digits", 500
+    c.trainer.run_dir, c.trainer.num_steps = "runs/sft_llava_digits", 700
     return c

@@ -244,7 +244,7 @@ def qwen3(path: str | Path, seed: int = 0, num_hidden_layers: int = 3) -> None:
 
 
 def llava(path: str | Path, seed: int = 0, num_hidden_layers: int = 3) -> None:
-    """Write a random LLaVA-1.5 (a CLIP tower and a Llama, about 0.6 M parameters) to ``path``; as ``qwen2_5_vl``."""
+    """Write a random LLaVA-1.5 (a CLIP tower and a Llama, about 0.7 M parameters) to ``path``; as ``qwen2_5_vl``."""
     words = byte_level_bpe(
         LLAVA_TOKENS,
         ["USER: ", " ASSISTANT:"],
@@ -276,8 +276,8 @@ def llava(path: str | Path, seed: int = 0, num_hidden_layers: int = 3) -> None:
         "intermediate_size": 128,
         "num_hidden_layers": 3,  # LLaVA reads the tower before its last layer
         "num_attention_heads": 4,
-        "image_size": 56,
-        "patch_size": 14,
+        "image_size": 112,
+        "patch_size": 28,
         "projection_dim": 64,
         "initializer_range": INIT_STD,
     }
@@ -291,7 +291,7 @@ def llava(path: str | Path, seed: int = 0, num_hidden_layers: int = 3) -> None:
         bos_token_id=ids["<s>"], eos_token_id=ids["</s>"], pad_token_id=ids["<pad>"]
     )
     pixels = {
-        "size": {"height": 56, "width": 56},  # the whole strip of digits, squeezed: a slot is a column of patches
+        "size": {"height": 112, "width": 112},  # the whole strip of digits, stretched: a slot is a column of patches
         "do_center_crop": False,
         "image_mean": [0.1307] * 3,  # MNIST's
         "image_std": [0.3081] * 3,
@@ -299,7 +299,7 @@ def llava(path: str | Path, seed: int = 0, num_hidden_layers: int = 3) -> None:
     processor = transformers.LlavaProcessor(
         image_processor=transformers.CLIPImageProcessor(**pixels),
         tokenizer=words,
-        patch_size=14,
+        patch_size=28,
         vision_feature_select_strategy="default",
         num_additional_image_tokens=1,
         chat_template=LLAVA_TEMPLATE,
