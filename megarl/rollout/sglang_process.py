@@ -7,6 +7,7 @@ scheduler's place: one that reports checksums under checkpoint names, one that m
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterable
 from typing import Any, ClassVar
 
@@ -82,8 +83,17 @@ def batch_rid(batch: str, index: int, total: int) -> str:
     return f"megarl/{batch}/{total}/{index:08d}"
 
 
+_PAUSED_S = 1e-3  # between looks of a paused engine: SGLang's loop would take the core that sends the weights
+
+
 class RolloutScheduler(scheduler.Scheduler):
     """A scheduler that can forget what it computed with old weights while requests wait to go on with new ones."""
+
+    def ingest_requests(self) -> list[Any]:
+        received = super().ingest_requests()
+        if self._engine_paused and not received:
+            time.sleep(_PAUSED_S)
+        return received
 
     def flush_cache(self, *args: Any, **kwargs: Any) -> bool:
         """SGLang's own refuses while any request is there; those of a paused engine wait and hold nothing."""
