@@ -1,6 +1,6 @@
 """The demo's GRPO phase with engines and ranks taking turns, and with the engines one step ahead, on the same cores.
 
-    python benchmarks/pipelined_vs_sync.py [--steps 100] [--model runs/sft_digits_seed0/hf] [--seed 0]
+    python benchmarks/pipelined_vs_sync.py [--steps 100] [--ranks 1 2] [--model runs/sft_digits_seed0/hf] [--seed 0]
 
 All start from the demo's cold start (make demo), at the demo's settings, 16 x 8 samples a step, without evaluations.
 Seconds are from the end of the first step to the end of the last, so that no start is in them. Writes
@@ -23,13 +23,9 @@ from statistics import mean, median
 
 RESULTS = Path(__file__).parent / "results"
 WINDOW = 10  # steps over which a reward is averaged
-ONE_RANK = ["parallel.tensor_model_parallel_size=1"]
-AHEAD = ["trainer.max_staleness=1", "algorithm.rollout_correction=truncate"]
-RUNS = {  # both ways at both layouts: two ranks share the cores with the engine, one leaves it one
-    "in turns, 2 ranks": [],
-    "in turns, 1 rank": ONE_RANK,
-    "one step ahead, 2 ranks": AHEAD,
-    "one step ahead, 1 rank": ONE_RANK + AHEAD,
+WAYS = {
+    "in turns": ["trainer.max_staleness=0"],
+    "one step ahead": ["trainer.max_staleness=1", "algorithm.rollout_correction=truncate"],
 }
 COLOURS = {"in turns": "#4c6a92", "one step ahead": "#d1603d"}
 PHASES = {
@@ -110,16 +106,19 @@ def plot(runs: dict[str, list[Row]], table: dict[str, dict[str, float]], path: P
 def main() -> None:
     arguments = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     arguments.add_argument("--steps", type=int, default=100)
+    arguments.add_argument("--ranks", type=int, nargs="+", default=[1, 2], help="1 leaves the engine a core of two")
     arguments.add_argument("--seed", type=int, default=0)
     arguments.add_argument("--model", default="runs/sft_digits_seed0/hf")
     arguments.add_argument("--out", type=Path, default=RESULTS)
     args = arguments.parse_args()
     fixed = [f"model.path={args.model}", f"seed={args.seed}", f"trainer.num_steps={args.steps}"]
     with tempfile.TemporaryDirectory(prefix="megarl_pipelined_") as folder:
-        runs = {
-            name: train(name, [*fixed, *overrides], Path(folder) / str(index))
-            for index, (name, overrides) in enumerate(RUNS.items())
-        }
+        runs = {}
+        for way, overrides in WAYS.items():
+            for ranks in args.ranks:
+                name = f"{way}, {ranks} rank{'s' if ranks > 1 else ''}"
+                layout = f"parallel.tensor_model_parallel_size={ranks}"
+                runs[name] = train(name, [*fixed, layout, *overrides], Path(folder) / str(len(runs)))
     table = {name: summary(rows) for name, rows in runs.items()}
     columns = [*PHASES, "total", "last_rewards"]
     print(f"\nmedian seconds of a step, 16 prompts x 8 samples, {args.steps} steps")
