@@ -1,4 +1,4 @@
-"""verl's spelling of keys and values, for those who type it by habit."""
+"""verl's spelling of keys and values, and that of what was built on it, for those who type it by habit."""
 
 from __future__ import annotations
 
@@ -46,6 +46,17 @@ ALIASES: dict[str, str | tuple[str, ...]] = {
     "actor.policy_loss.ppo_kl_coef": "algorithm.kl_cov_coef",
     "actor.tau_pos": "algorithm.sapo_tau_positive",
     "actor.tau_neg": "algorithm.sapo_tau_negative",
+    "data.dataset_kwargs.target_key": "data.target_key",
+    "data.dataset_kwargs.max_target_length": "data.max_target_length",
+    "actor.off_policy_reshape": "algorithm.off_policy_reshape",
+    "actor.on_policy_reshape": "algorithm.on_policy_reshape",
+    "actor.sft_loss_coef": "algorithm.sft_coef",
+    "algorithm.n_prefix": "algorithm.num_expert_samples",
+    "algorithm.prefix_share_across_samples": "algorithm.hint_shared",
+    "algorithm.min_prefix_ratio": "algorithm.hint_low",
+    "algorithm.max_prefix_ratio": "algorithm.hint_high",
+    "algorithm.switch_gate": "algorithm.expert_gate",
+    "algorithm.success_reward_threshold": "algorithm.success_reward",
     "algorithm.adv_estimator": "algorithm.advantage",
     "algorithm.norm_adv_by_std_in_grpo": "algorithm.std",
     "algorithm.use_kl_in_reward": "algorithm.kl_placement",

@@ -183,7 +183,10 @@ class DataConfig:
     image_key: str = "images"
     video_key: str = "videos"
     answer_key: str = "answer"
-    target_key: str = "target"  # an expert's response, for supervised training
+    target_key: str = "target"  # an expert's response or a list of them: supervised training, algorithm.expert_strategy
+    # tokens, the last included; algorithm.expert_strategy leaves longer answers out and counts them. 0: as many as
+    # rollout.max_new_tokens
+    max_target_length: int = 0
     prompts_per_step: int = 16
     shuffle: bool = True
     max_prompt_length: int = 1024  # tokens, images included; longer prompts are dropped and counted
@@ -196,6 +199,7 @@ class DataConfig:
     def __post_init__(self) -> None:
         _check_positive("data", self, "prompts_per_step", "max_prompt_length", "max_image_pixels", "max_video_pixels")
         _check_positive("data", self, "max_media_bytes", "video_fps", "max_video_frames")
+        _check_not_negative("data", self, "max_target_length")
 
 
 @dataclass
@@ -308,7 +312,20 @@ class AlgorithmConfig:
     kl_cov_ratio: float = 2e-4  # share of the step's actions
     kl_cov_coef: float = 1.0
 
-    # losses that learn from an expert's actions too: luffy, srft, ppo_sft, chord
+    # losses that learn from an expert's actions too: luffy, srft, ppo_sft, chord. An expert's answers (data.target_key)
+    # take part as whole samples of a group (random), as hints that samples go on from (hint), or beside the groups, to
+    # prompts of their own (stream)
+    expert_strategy: str = "none"  # none | random | hint | stream
+    expert_share: float = 1.0  # of the step's prompts, drawn at random; stream: of the step's samples
+    num_expert_samples: int = 1  # of a group; with expert_gate on top of it; hint: -1 for all
+    expert_tasks: dict[str, float] = field(default_factory=dict)  # stream: shares of tasks; empty: those of the run
+    hint_low: float = 0.0  # bounds of the share of an answer that a hint is
+    hint_high: float = 1.0
+    hint_schedule: str = "constant"  # of the upper bound: constant | linear, cosine: to hint_low; then no hints
+    hint_steps: int = 0  # that it takes
+    hint_draw: str = "uniform"  # between the bounds | fixed: the upper | binomial: so many of hint_segments
+    hint_segments: int = 0  # a hint ends with one of so many pieces of an answer (lines, else sentences or words)
+    hint_shared: bool = False  # samples of a group have the same hint
     expert_weights: str = "joint"  # loss_weights over all actions | separate: over own and expert actions, then added
     expert_gate: int = -1  # groups with at most so many right answers learn from their expert alone (HPT); -1: off
     off_policy_reshape: str = "p_div_p"  # of an expert's action of probability p: none | logp | p_logp | square_root |
@@ -346,6 +363,9 @@ class AlgorithmConfig:
 
         check("std", "group", "step", "none")
         check("gpg_scale", "informative", "nonzero")
+        check("expert_strategy", "none", "random", "hint", "stream")
+        check("hint_schedule", "constant", "linear", "cosine")
+        check("hint_draw", "uniform", "fixed", "binomial")
         check("expert_weights", "joint", "separate")
         reshapes = ("none", "logp", "p_logp", "square_root", "pow", "p_div_p")
         check("off_policy_reshape", *reshapes, "reject")
@@ -359,8 +379,9 @@ class AlgorithmConfig:
         _check_not_negative("algorithm", self, "kl_coef", "clip_ratio_dual", "rollout_correction_low", "sft_coef")
         _check_not_negative("algorithm", self, "overlong_penalty", "reshape_weight", "reshape_exponent", "kl_cov_coef")
         _check_not_negative("algorithm", self, "chord_mu_warmup_steps", "chord_mu_decay_steps", "filter_max_rounds")
-        _check_not_negative("algorithm", self, "reference_sync_every")
-        for name in ("gamma", "lam", "overlong_buffer", "chord_mu_peak", "chord_mu_valley", "reference_sync_mix"):
+        _check_not_negative("algorithm", self, "reference_sync_every", "hint_steps", "hint_segments")
+        bounded = ("gamma", "lam", "overlong_buffer", "chord_mu_peak", "chord_mu_valley", "reference_sync_mix")
+        for name in (*bounded, "expert_share", "hint_low", "hint_high"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"algorithm.{name}={getattr(self, name)} must lie in [0, 1]")
         for name in ("clip_cov_ratio", "kl_cov_ratio"):

@@ -76,9 +76,24 @@ class Prompt:
     messages: list[Message]  # chat form; every {"type": "image"} takes the next of ``images``, "video" of ``videos``
     images: list[bytes] = field(default_factory=list)  # encoded
     answer: Any = None  # whatever the task's reward compares with (verl: ground_truth)
-    target: str | None = None  # an expert's response, for supervised training
+    target: str | list[str] | None = None  # an expert's response, or several; None: there is none
     metadata: dict[str, Any] = field(default_factory=dict)
     videos: list[bytes] = field(default_factory=list)  # encoded, or frames that ``data.videos.pack_frames`` packed
+
+    @property
+    def targets(self) -> list[str]:
+        """The experts' responses."""
+        return [] if self.target is None else [self.target] if isinstance(self.target, str) else list(self.target)
+
+
+@dataclass(frozen=True)
+class Demonstration:
+    """What an expert gives to samples of a prompt: an answer, or the beginning of one that the policy goes on from."""
+
+    tokens: np.ndarray  # [n] int32; an answer's last one ends it
+    text: str
+    whole: bool  # an answer
+    num_samples: int = 1  # of the prompt's group
 
 
 @dataclass
@@ -88,6 +103,7 @@ class EncodedPrompt:
     prompt: Prompt
     tokens: np.ndarray  # [L] int32, image placeholders expanded to one token a merged patch
     media: Media
+    demonstrations: list[Demonstration] = field(default_factory=list)
 
 
 @dataclass(kw_only=True)
@@ -102,7 +118,7 @@ class Trajectory:
     group_id: int  # trajectories of one prompt share it
     loss_mask: np.ndarray  # [N] bool, True where the policy chose
     rollout_logprobs: np.ndarray  # [N] float32 as sampled, 0 where loss_mask is False
-    weight_versions: np.ndarray | None = None  # [N] int32, whose weights chose; -1 where loss_mask is False
+    weight_versions: np.ndarray | None = None  # [N] int32, whose weights chose; -1 where none did
     rewards: dict[str, float] = field(default_factory=dict)  # by name, before weighting
     reward: float = 0.0  # earned at the last action
     action_rewards: np.ndarray | None = None  # [N] float32 earned at single actions besides; None: nothing
@@ -115,6 +131,21 @@ class Trajectory:
     keep: bool = True  # False: compared with, but not trained (algorithms.filters)
     advantages: np.ndarray | None = None  # [N] float32, set by algorithms.advantages
     loss_weights: np.ndarray | None = None  # [N] float32, set by algorithms.weights
+
+    @property
+    def own_mask(self) -> np.ndarray:
+        """[N] bool, True where the policy itself acted."""
+        return self.loss_mask if self.expert_mask is None else self.loss_mask & ~self.expert_mask
+
+    @property
+    def has_expert(self) -> bool:
+        """Whether an expert acted in it."""
+        return self.expert_mask is not None and bool(self.expert_mask.any())
+
+    @property
+    def is_expert(self) -> bool:
+        """Whether the policy did not act in it."""
+        return self.has_expert and not self.own_mask.any()
 
 
 @dataclass(kw_only=True)
@@ -177,6 +208,7 @@ class PackedBatch:
     loss_weights: np.ndarray  # [T] float32, 0 on prompts, tools and padding
     advantages: np.ndarray  # [T] float32
     rollout_logprobs: np.ndarray  # [T] float32
+    expert_mask: np.ndarray  # [T] bool, True where an expert acted
     vision: list[VisionShare | None]  # by context-parallel rank; None: no rank shows an image
     old_logprobs: np.ndarray | None = None  # [T] float32; None: made on the ranks
     values: np.ndarray | None = None  # [T] float32; None: there is no critic

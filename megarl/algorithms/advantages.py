@@ -29,9 +29,15 @@ def register_advantage(function: Advantage) -> Advantage:
 
 
 def compute_advantages(trajectories: Sequence[Trajectory], config: AlgorithmConfig) -> list[np.ndarray]:
-    """Streams [N] float32, one a trajectory, by the estimator that ``algorithm.advantage`` names."""
+    """Streams [N] float32, one a trajectory, by the estimator that ``algorithm.advantage`` names.
+
+    An expert's answer that ``algorithm.expert_gate`` closed out is not compared with.
+    """
     check_choice("algorithm.advantage", config.advantage, ADVANTAGES)
-    streams = ADVANTAGES[config.advantage](trajectories, config)
+    compared = [config.expert_gate < 0 or t.keep or not t.has_expert for t in trajectories]
+    members = [t for t, in_it in zip(trajectories, compared, strict=True) if in_it]
+    computed = iter(ADVANTAGES[config.advantage](members, config))
+    streams = [next(computed) if c else np.zeros(len(t.loss_mask)) for t, c in zip(trajectories, compared, strict=True)]
     return [stream.clip(-config.advantage_clip, config.advantage_clip).astype(np.float32) for stream in streams]
 
 
@@ -290,6 +296,6 @@ def srft(trajectories: Sequence[Trajectory], config: AlgorithmConfig) -> list[np
     """SRFT (arXiv:2506.19767): 1 for the policy's right responses and -1 for its wrong ones; an expert's as in grpo."""
     scores = _normalized(trajectories, total_rewards(trajectories), config)
     for index, trajectory in enumerate(trajectories):
-        if trajectory.expert_mask is None or not trajectory.expert_mask.any():
+        if not trajectory.has_expert:
             scores[index] = 1.0 if trajectory.reward >= config.success_reward else -1.0
     return _on_actions(trajectories, scores)

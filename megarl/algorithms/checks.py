@@ -10,19 +10,9 @@ from megarl.algorithms.weights import LOSS_WEIGHTS
 from megarl.config import AlgorithmConfig, CriticConfig, RunConfig, check_choice
 from megarl.registry import load_file
 
-_NO_EXPERT = "an expert's actions (Trajectory.expert_mask)"
-# Formulas that exist while the trainer does not make their streams yet: (knob, value) -> what is missing. Whoever makes
-# it deletes the row.
-UNWIRED: dict[tuple[str, object], str] = {
-    ("advantage", "srft"): _NO_EXPERT,
-    ("policy_loss", "luffy"): _NO_EXPERT,
-    ("policy_loss", "srft"): _NO_EXPERT,
-    ("policy_loss", "ppo_sft"): _NO_EXPERT,
-    ("policy_loss", "chord"): f"{_NO_EXPERT} and the step (Actions.step)",
-    ("expert_weights", "separate"): _NO_EXPERT,
-}
 # Knobs that only some choices of another knob read: setting one where it does nothing is a mistake.
 _SURROGATES = ("ppo_clip", "luffy", "ppo_sft", "chord")
+_OF_EXPERTS = ("luffy", "srft", "ppo_sft", "chord")  # losses that tell an expert's actions from the policy's
 _READ_BY: dict[str, tuple[str, tuple[str, ...]]] = {
     "std": ("advantage", ("grpo", "grpo_passk", "multi_reward", "gdpo", "srft")),
     "std_epsilon": ("advantage", ("grpo", "grpo_passk", "multi_reward", "gdpo", "srft", "max_rl")),
@@ -46,6 +36,16 @@ _READ_BY: dict[str, tuple[str, tuple[str, ...]]] = {
         ("policy_loss", ("chord",)),
     ),
     **dict.fromkeys(["kl_target", "kl_horizon"], ("kl_controller", ("adaptive",))),
+    "expert_weights": ("expert_strategy", ("random", "hint", "stream")),
+    "expert_share": ("expert_strategy", ("random", "hint", "stream")),
+    "num_expert_samples": ("expert_strategy", ("random", "hint")),
+    "expert_gate": ("expert_strategy", ("random",)),
+    "expert_tasks": ("expert_strategy", ("stream",)),
+    **dict.fromkeys(
+        ["hint_low", "hint_high", "hint_schedule", "hint_draw", "hint_segments", "hint_shared"],
+        ("expert_strategy", ("hint",)),
+    ),
+    "hint_steps": ("hint_schedule", ("linear", "cosine")),
     "rollout_correction_low": ("rollout_correction", ("mask", "reject")),
     **dict.fromkeys(
         ["rollout_correction_level", "rollout_correction_high"], ("rollout_correction", ("truncate", "mask", "reject"))
@@ -68,9 +68,9 @@ def check_algorithm(config: RunConfig) -> None:
     check_choice("algorithm.policy_loss", c.policy_loss, POLICY_LOSSES)
     check_choice("algorithm.loss_weights", c.loss_weights, LOSS_WEIGHTS)
     check_choice("algorithm.kl_estimator", c.kl_estimator, KL_CHOICES)
-    _check_wired(c)
     _check_read(c)
     _check_rewards(c, config.rollout.group_size)
+    _check_experts(config)
     _check_correction(c)
     _check_models(config)
     uncorrected = c.policy_loss != "sft" and c.rollout_correction == "none" and not c.bypass_old_logprobs
@@ -79,16 +79,6 @@ def check_algorithm(config: RunConfig) -> None:
             f"trainer.max_staleness={config.trainer.max_staleness} trains on what older weights sampled: weigh it with "
             "algorithm.rollout_correction=truncate (or mask, reject), or take the engine's log-probs for the old "
             "policy's with algorithm.bypass_old_logprobs=True"
-        )
-
-
-def _check_wired(c: AlgorithmConfig) -> None:
-    for (knob, value), missing in UNWIRED.items():
-        if getattr(c, knob) == value:
-            raise ValueError(f"algorithm.{knob}={value} needs {missing}, which the trainer does not make yet")
-    if c.expert_gate >= 0:
-        raise ValueError(
-            f"algorithm.expert_gate={c.expert_gate} needs {_NO_EXPERT}, which the trainer does not make yet"
         )
 
 
@@ -129,6 +119,46 @@ def _check_rewards(c: AlgorithmConfig, group_size: int) -> None:
             f"algorithm.advantage={c.advantage} compares the samples of a prompt with each other: "
             "rollout.group_size=1 would teach nothing"
         )
+
+
+def _check_experts(config: RunConfig) -> None:
+    c, group_size = config.algorithm, config.rollout.group_size
+    if c.policy_loss == "sft":
+        return
+    strategy = f"algorithm.expert_strategy={c.expert_strategy}"
+    ours = POLICY_LOSSES[c.policy_loss].__module__.startswith("megarl.")
+    if c.expert_strategy == "none":
+        for knob, needs in (("policy_loss", c.policy_loss in _OF_EXPERTS), ("advantage", c.advantage == "srft")):
+            if needs:
+                raise ValueError(f"algorithm.{knob}={getattr(c, knob)} needs algorithm.expert_strategy")
+        return
+    if ours and c.policy_loss not in _OF_EXPERTS:
+        raise ValueError(
+            f"{strategy}: algorithm.policy_loss={c.policy_loss} would take an expert's actions for the policy's; "
+            f"{', '.join(_OF_EXPERTS)} do not"
+        )
+    most = group_size - (c.expert_strategy == "random")  # someone must be left to generate
+    if not 1 <= c.num_expert_samples <= most and (c.expert_strategy, c.num_expert_samples) != ("hint", -1):
+        raise ValueError(
+            f"{strategy}: algorithm.num_expert_samples={c.num_expert_samples} of rollout.group_size={group_size} must "
+            f"lie between 1 and {most} (hint: or be -1)"
+        )
+    if c.expert_strategy == "stream" and not 0 < c.expert_share < 1:
+        raise ValueError(f"{strategy}: algorithm.expert_share={c.expert_share} must lie between 0 and 1")
+    if c.expert_strategy == "stream" and config.has_critic:
+        raise ValueError(f"{strategy}: a stream has no rewards that a critic could learn (algorithm.advantage=gae)")
+    for task in c.expert_tasks:
+        check_choice("algorithm.expert_tasks", task, config.tasks)
+    _check_hints(c)
+
+
+def _check_hints(c: AlgorithmConfig) -> None:
+    if c.hint_low > c.hint_high:
+        raise ValueError(f"algorithm.hint_low={c.hint_low} must not be above algorithm.hint_high={c.hint_high}")
+    if c.hint_schedule != "constant" and not c.hint_steps:
+        raise ValueError(f"algorithm.hint_schedule={c.hint_schedule} needs algorithm.hint_steps")
+    if c.hint_draw == "binomial" and not c.hint_segments:
+        raise ValueError("algorithm.hint_draw=binomial needs algorithm.hint_segments")
 
 
 def _check_correction(c: AlgorithmConfig) -> None:

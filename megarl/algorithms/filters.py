@@ -71,7 +71,7 @@ def expert_gate(trajectories: Sequence[Trajectory], config: AlgorithmConfig) -> 
     """
     keep = np.ones(len(trajectories), bool)
     if config.expert_gate >= 0:
-        expert = np.array([t.expert_mask is not None and bool(t.expert_mask.any()) for t in trajectories])
+        expert = np.array([t.has_expert for t in trajectories])
         right = np.array([t.reward >= config.success_reward for t in trajectories])
         for group in group_indices(trajectories):
             num_right = (right[group] & ~expert[group]).sum()

@@ -43,6 +43,8 @@ def penalties(actions: Actions, config: AlgorithmConfig) -> tuple[Tensor, Metric
     loss, metrics = -config.entropy_coef * actions.entropy, {"actor/entropy": actions.entropy.detach()}
     if actions.ref_logprobs is not None and config.kl_placement == "loss":
         kl = kl_divergence(actions.logprobs, actions.ref_logprobs, config.kl_estimator)
+        if actions.expert_mask is not None:  # an estimate from actions that the policy sampled
+            kl = kl.masked_fill(actions.expert_mask, 0)
         loss, metrics = loss + config.kl_coef * kl, metrics | {"actor/kl_loss": kl.detach()}
     return loss, metrics
 
@@ -68,7 +70,7 @@ class KLController:
 
 
 def apply_kl_penalty(trajectories: Sequence[Trajectory], controller: KLController, estimator: str) -> dict[str, float]:
-    """Take from what every action earns its divergence from the reference, and steer; what to log, as verl does.
+    """Take from what every own action earns its divergence from the reference, and steer; what to log, as verl does.
 
     Trajectories have ``ref_logprobs``, and ``old_logprobs`` unless the engine's stand for them.
     """
@@ -76,11 +78,11 @@ def apply_kl_penalty(trajectories: Sequence[Trajectory], controller: KLControlle
     for trajectory in trajectories:
         policy = trajectory.rollout_logprobs if trajectory.old_logprobs is None else trajectory.old_logprobs
         kl = kl_divergence(torch.from_numpy(policy), torch.from_numpy(trajectory.ref_logprobs), estimator).numpy()
-        kl = np.where(trajectory.loss_mask, kl, 0).astype(np.float32)
+        kl = np.where(trajectory.own_mask, kl, 0).astype(np.float32)
         earned = 0.0 if trajectory.action_rewards is None else trajectory.action_rewards
         trajectory.action_rewards = (earned - coef * kl).astype(np.float32)
-        if trajectory.loss_mask.any():
-            means.append(kl[trajectory.loss_mask].mean())
+        if trajectory.own_mask.any():
+            means.append(kl[trajectory.own_mask].mean())
     mean = float(np.mean(means)) if means else 0.0
     controller.update(mean, len(trajectories))
     return {"actor/reward_kl_penalty": mean, "actor/reward_kl_penalty_coeff": coef}

@@ -72,7 +72,14 @@ def policy_loss(actions: Actions, config: AlgorithmConfig) -> tuple[Tensor, Metr
     loss, metrics = POLICY_LOSSES[config.policy_loss](actions, config)
     if config.policy_loss != "sft":
         metrics = {"actor/ppo_kl": -actions.log_ratio} | metrics
-    return loss, {name: value.detach().to(loss.dtype) for name, value in metrics.items()}
+    metrics = {name: value.detach().to(loss.dtype) for name, value in metrics.items()}
+    expert = actions.expert_mask
+    if expert is None:
+        return loss, metrics
+    metrics = {name: value.masked_fill(expert, 0) for name, value in metrics.items()}
+    theirs = {"actor/expert_loss": loss, "expert/nll": -actions.logprobs}
+    metrics |= {name: value.detach().masked_fill(~expert, 0) for name, value in theirs.items()}
+    return loss, metrics | {"expert/actions_fraction": expert.to(loss.dtype)}
 
 
 def clipped(ratio: Tensor, advantages: Tensor, config: AlgorithmConfig) -> tuple[Tensor, Metrics]:

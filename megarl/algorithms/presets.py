@@ -99,25 +99,63 @@ PRESETS: dict[str, Row] = {
         "clip_ratio_low": float("inf"),
         "clip_ratio_high": float("inf"),
         "clip_ratio_dual": 0.0,
+        "expert_strategy": "random",
         "off_policy_reshape": "p_div_p",
         "reshape_weight": 0.1,
         "entropy_coef": 0.001,
     },
     # arXiv:2506.19767
-    "srft": {"advantage": "srft", "policy_loss": "srft", "off_policy_reshape": "none", "expert_weights": "separate"},
+    "srft": {
+        "advantage": "srft",
+        "policy_loss": "srft",
+        "expert_strategy": "random",
+        "off_policy_reshape": "none",
+        "expert_weights": "separate",
+    },
     # arXiv:2509.04419: nobody right in a group -> learn from the expert
     "hpt": {
         "advantage": "dr_grpo",
         "policy_loss": "ppo_sft",
         "clip_ratio_dual": 0.0,
+        "expert_strategy": "random",
         "expert_weights": "separate",
         "expert_gate": 0,
         "sft_coef": 0.05,
     },
-    # arXiv:2505.16984: the expert's actions are a hint that the response goes on from
-    "uft": {"policy_loss": "ppo_sft", "clip_ratio_dual": 0.0, "expert_weights": "separate", "sft_coef": 0.001},
-    # arXiv:2508.11408
-    "chord": {"policy_loss": "chord", "clip_ratio_dual": 0.0, "expert_weights": "separate"},
+    # arXiv:2505.16984, the authors' script: a group shares a hint of whole steps, 0.95 of the answer and then less
+    "uft": {
+        "policy_loss": "ppo_sft",
+        "clip_ratio_dual": 0.0,
+        "expert_strategy": "hint",
+        "num_expert_samples": -1,
+        "hint_shared": True,
+        "hint_draw": "binomial",
+        "hint_segments": 5,
+        "hint_low": 0.05,
+        "hint_high": 0.95,
+        "hint_schedule": "cosine",
+        "hint_steps": 300,
+        "expert_weights": "separate",
+        "sft_coef": 0.001,
+    },
+    # the same as others have it: one sample of a group begins with a hint, which may end anywhere
+    "uft_simplified": {
+        "policy_loss": "ppo_sft",
+        "clip_ratio_dual": 0.0,
+        "expert_strategy": "hint",
+        "hint_schedule": "cosine",
+        "hint_steps": 100,
+        "expert_weights": "separate",
+        "sft_coef": 1.0,
+    },
+    # arXiv:2508.11408: a fifth of the samples are an expert's, to prompts of their own
+    "chord": {
+        "policy_loss": "chord",
+        "clip_ratio_dual": 0.0,
+        "expert_strategy": "stream",
+        "expert_share": 0.2,
+        "expert_weights": "separate",
+    },
 }
 
 

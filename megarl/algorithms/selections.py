@@ -53,13 +53,14 @@ def _smallest(values: Tensor, ties: Tensor, count: int) -> Tensor:
 
 
 def action_uniforms(
-    positions: np.ndarray, tokens: np.ndarray, rollout_logprobs: np.ndarray, advantages: np.ndarray
+    positions: np.ndarray, tokens: np.ndarray, rollout_logprobs: np.ndarray, advantages: np.ndarray, step: int = 0
 ) -> np.ndarray:
     """A number in [0, 1) for every action [N] that is the same wherever the action is: a hash of all it came with.
 
-    positions: [N] in its sequence; tokens: [N]; rollout_logprobs, advantages: [N] float32 as the driver sent them.
+    positions: [N] in its sequence; tokens: [N]; rollout_logprobs, advantages: [N] float32 as the driver sent them;
+    step: of the run, because an expert's answer comes with the same again and again.
     """
-    state = np.zeros(len(positions), np.uint64)
+    state = np.full(len(positions), step, np.uint64)
     for words in (positions, tokens, rollout_logprobs.view(np.uint32), advantages.view(np.uint32)):
         state = _mix(state ^ words.astype(np.uint64))
     return (state >> np.uint64(11)).astype(np.float64) * 2.0**-53

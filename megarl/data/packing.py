@@ -146,6 +146,7 @@ def _lay_out(samples: Sequence[Sample], packing: Packing) -> tuple[PackedBatch, 
             stream(sample.loss_weights),
             stream(sample.advantages),
             stream(sample.rollout_logprobs),
+            stream(sample.expert_mask).astype(bool),
             np.array([stream(getattr(sample, name)) for name in packing.estimates], np.float32).reshape(-1, length),
             positions[id(sample)][:, read],
         )
@@ -158,7 +159,7 @@ def _lay_out(samples: Sequence[Sample], packing: Packing) -> tuple[PackedBatch, 
         parts.append(_padding(pad, len(parts), packing))
         parents.append(-1)
         lengths.append(0)
-    tokens, labels, sequence_ids, loss_weights, advantages, rollout_logprobs, estimates, position_ids = _join(parts)
+    tokens, labels, ids, weights, advantages, logprobs, expert_mask, estimates, position_ids = _join(parts)
     batch = PackedBatch(
         tokens=tokens,
         labels=labels,
@@ -166,17 +167,18 @@ def _lay_out(samples: Sequence[Sample], packing: Packing) -> tuple[PackedBatch, 
         cu_seqlens=np.cumsum([0] + [len(part[0]) for part in parts], dtype=np.int32),
         lengths=np.array(lengths, np.int32),
         parents=np.array(parents, np.int32),
-        sequence_ids=sequence_ids,
-        loss_weights=loss_weights,
+        sequence_ids=ids,
+        loss_weights=weights,
         advantages=advantages,
-        rollout_logprobs=rollout_logprobs,
+        rollout_logprobs=logprobs,
+        expert_mask=expert_mask,
         vision=[],
         **dict(zip(packing.estimates, estimates, strict=True)),
     )
     return batch, Media.concatenate([segment.media for segment in segments])
 
 
-# tokens, labels, sequence ids, weights, advantages, log-probs, estimates [K, length], position ids
+# tokens, labels, sequence ids, weights, advantages, log-probs, experts, estimates [K, length], position ids
 _Streams = tuple[np.ndarray, ...]
 
 
@@ -188,8 +190,8 @@ def _padding(length: int, index: int, packing: Packing) -> _Streams:
     """Tokens of sequence ``index`` that weigh nothing."""
     tokens, zeros = np.full(length, packing.pad_token_id, np.int64), np.zeros(length, np.float32)
     places = packing.position_ids(tokens, Media())
-    estimates = np.zeros((len(packing.estimates), length), np.float32)
-    return tokens, tokens, np.full(length, index), zeros, zeros, zeros, estimates, places
+    experts, estimates = np.zeros(length, bool), np.zeros((len(packing.estimates), length), np.float32)
+    return tokens, tokens, np.full(length, index), zeros, zeros, zeros, experts, estimates, places
 
 
 def pack_bins(samples: Sequence[Sample], packing: Packing, data_parallel_size: int) -> list[list[PackedBatch]]:

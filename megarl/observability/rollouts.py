@@ -59,7 +59,7 @@ class RolloutWriter:
 
     def _row(self, step: int, sample: Sample) -> dict[str, Any]:
         prompt = sample.prompt
-        versions = [] if sample.weight_versions is None else sample.weight_versions[sample.loss_mask].tolist()
+        versions = [] if sample.weight_versions is None else sample.weight_versions[sample.own_mask].tolist()
         return {
             "step": step,
             "group_id": int(sample.group_id),
@@ -75,6 +75,7 @@ class RolloutWriter:
             "advantage": _advantage(sample),
             "prompt_length": len(sample.tokens) - sample.response_length,
             "response_length": sample.response_length,
+            "expert_length": 0 if sample.expert_mask is None else int(sample.expert_mask.sum()),
             "weight_versions": sorted(set(versions)),
         }
 

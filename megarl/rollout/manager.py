@@ -20,9 +20,10 @@ import ray
 from ray.exceptions import GetTimeoutError, RayActorError, RayTaskError
 
 from megarl.config import RunConfig
+from megarl.data.demonstrations import answer_sample
 from megarl.data.processors import load_processor
 from megarl.rollout.engine import Batch, EngineActor, EngineDied, Request, Response, engine_environment
-from megarl.types import EncodedPrompt, Media, Sample
+from megarl.types import Demonstration, EncodedPrompt, Media, Sample
 from megarl.utils.errors import RunFailure
 
 logger = logging.getLogger(__name__)
@@ -31,6 +32,7 @@ _START_TIMEOUT_S = 1800.0  # loading a large model takes minutes
 _MAX_CALLS = 1 << 20  # of one engine at a time; SGLang queues them itself
 _LOOK_S = 0.1  # between looks of a thread that waits for another to replace an engine
 _POLL_S = 1.0  # longest wait before the engines' deadlines are looked at
+_NOTHING = np.zeros(0, np.int32)  # tokens
 
 
 class EngineError(RunFailure):
@@ -42,16 +44,22 @@ def sample_seed(step_seed: int, prompt: int, sample: int) -> int:
     return int.from_bytes(hashlib.blake2b(f"{step_seed}/{prompt}/{sample}".encode(), digest_size=8).digest()) >> 1
 
 
-def to_sample(encoded: EncodedPrompt, group_id: int, response: Response, text: str) -> Sample:
-    """Join a prompt and one response into a sample of L tokens."""
-    silent, spoken = np.zeros(len(encoded.tokens), bool), np.ones(len(response.tokens), bool)
+def to_sample(
+    encoded: EncodedPrompt, group_id: int, response: Response, text: str, hint: Demonstration | None = None
+) -> Sample:
+    """Join a prompt, the hint that the response goes on from, and one response into a sample of L tokens."""
+    given = _NOTHING if hint is None else hint.tokens
+    before = np.concatenate([encoded.tokens, given])
+    tokens = np.concatenate([before, response.tokens]).astype(np.int32)
+    loss_mask = np.arange(len(tokens)) >= len(encoded.tokens)
     return Sample(
         prompt=encoded.prompt,
         group_id=group_id,
-        tokens=np.concatenate([encoded.tokens, response.tokens]).astype(np.int32),
-        loss_mask=np.concatenate([silent, spoken]),
-        rollout_logprobs=np.concatenate([silent.astype(np.float32), response.logprobs]),
-        weight_versions=np.concatenate([np.full(len(silent), -1, np.int32), response.weight_versions]),
+        tokens=tokens,
+        loss_mask=loss_mask,
+        expert_mask=None if hint is None else loss_mask & (np.arange(len(tokens)) < len(before)),
+        rollout_logprobs=np.concatenate([np.zeros(len(before), np.float32), response.logprobs]),
+        weight_versions=np.concatenate([np.full(len(before), -1, np.int32), response.weight_versions]),
         media=encoded.media,
         response=text,
         finish_reason=response.finish_reason,
@@ -64,6 +72,14 @@ class Draw:
 
     num_samples: int
     temperature: float  # 0: greedy
+    demonstration: Demonstration | None = None  # that the responses go on from, or are
+
+
+def draws_of(encoded: EncodedPrompt, group_size: int, temperature: float, *, greedy: bool) -> list[Draw]:
+    """The draws of a group: the policy's own samples, those that an expert has a part in, and a greedy one more."""
+    given = [Draw(d.num_samples, temperature, d) for d in encoded.demonstrations]
+    own = group_size - sum(draw.num_samples for draw in given)
+    return [Draw(own, temperature)] * (own > 0) + given + [Draw(1, 0.0)] * greedy
 
 
 class RolloutManager:
@@ -106,14 +122,14 @@ class RolloutManager:
         on_samples: Callable[[list[Sample]], None] | None = None,
         progress: Callable[[int, int], None] | None = None,
     ) -> list[Sample]:
-        """Sample every prompt ``group_size`` times; temperature 0 is greedy.
+        """Sample every prompt ``group_size`` times, its demonstrations included; temperature 0 is greedy.
 
         Returns the samples in the order of the prompts, ``group_id`` the prompt's index behind ``first_group``. With
         ``greedy`` the last of each group is one more, at temperature 0. ``on_samples`` gets each group as it is
         finished, ``progress`` (finished prompts, all prompts). With ``debug.deterministic`` the weights, ``step_seed``
         and ``first_group`` decide every bit of the result; without, ``step_seed`` is not used.
         """
-        draws = [Draw(group_size, temperature)] + [Draw(1, 0.0)] * greedy
+        draws = [draws_of(prompt, group_size, temperature, greedy=greedy) for prompt in prompts]
         rollout = _Rollout(self, prompts, draws, max_new_tokens, step_seed, first_group)
         for index in range(len(self.engines)):
             rollout.submit(index)
@@ -214,7 +230,7 @@ class _Rollout:
         self,
         manager: RolloutManager,
         prompts: list[EncodedPrompt],
-        draws: list[Draw],
+        draws: list[list[Draw]],
         max_new_tokens: int,
         step_seed: int,
         first_group: int,
@@ -234,28 +250,40 @@ class _Rollout:
 
     def submit(self, engine: int) -> None:
         """Send an engine its unfinished prompts; a deterministic one gets its whole share: batches decide bits."""
-        wanted = [(index, place) for index in self._shares[engine] for place in range(len(self._draws))]
+        wanted = [(index, place) for index in self._shares[engine] for place in range(len(self._draws[index]))]
         wanted = [both for both in wanted if self._deterministic or both not in self.drawn]
-        total = sum(self._draws[place].num_samples for _, place in wanted)
+        requests = []
+        for index, place in wanted:
+            given = self._draws[index][place].demonstration
+            if given is not None and given.whole:
+                self.drawn[index, place] = [answer_sample(self._prompts[index], self._first_group + index, given)]
+            else:
+                requests.append((self._request(index, place), index, place))
         handle = self._handles[engine] = self._manager.engines[engine]
         batch, position = str(next(self._manager._batch_names)), 0
-        for index, place in wanted:
-            encoded, draw = self._prompts[index], self._draws[place]
-            request = Request(
-                name=encoded.prompt.id,
-                tokens=encoded.tokens,
-                media=encoded.media,
-                num_samples=draw.num_samples,
-                temperature=draw.temperature,
-                max_new_tokens=self._max_new_tokens,
-            )
+        total = sum(request.num_samples for request, _, _ in requests)
+        for request, index, place in requests:
             if self._deterministic:
-                group = self._first_group + index
-                request.seeds = [sample_seed(self._step_seed, group, k) for k in range(draw.num_samples)]
                 request.batch = Batch(batch, position, total)
-                position += draw.num_samples
+                position += request.num_samples
             self.calls[handle.generate.remote(request)] = (engine, index, place)
         self._heard[engine] = time.monotonic()
+
+    def _request(self, index: int, place: int) -> Request:
+        encoded, draws = self._prompts[index], self._draws[index]
+        draw, before = draws[place], sum(draw.num_samples for draw in draws[:place])
+        hint = _NOTHING if draw.demonstration is None else draw.demonstration.tokens
+        group = self._first_group + index
+        seeds = [sample_seed(self._step_seed, group, before + k) for k in range(draw.num_samples)]
+        return Request(
+            name=encoded.prompt.id,
+            tokens=np.concatenate([encoded.tokens, hint]),
+            media=encoded.media,
+            num_samples=draw.num_samples,
+            temperature=draw.temperature,
+            max_new_tokens=self._max_new_tokens - len(hint),  # it is a part of the response
+            seeds=seeds if self._deterministic else None,
+        )
 
     def collect(self) -> list[list[Sample]]:
         """Wait a moment and return the groups that were finished; replaces engines that the last call found dead."""
@@ -279,8 +307,8 @@ class _Rollout:
                 self._dead[engine] = death_cause(error)
                 continue
             self._heard[engine] = time.monotonic()
-            self.drawn.setdefault((index, place), self._samples(index, responses))
-            parts = [self.drawn.get((index, place)) for place in range(len(self._draws))]
+            self.drawn.setdefault((index, place), self._samples(index, place, responses))
+            parts = [self.drawn.get((index, place)) for place in range(len(self._draws[index]))]
             if index not in self.groups and None not in parts:
                 self.groups[index] = [sample for part in parts for sample in part]
                 finished.append(self.groups[index])
@@ -293,9 +321,14 @@ class _Rollout:
     def done(self) -> bool:
         return not self.calls and not self._dead
 
-    def _samples(self, index: int, responses: list[Response]) -> list[Sample]:
+    def _samples(self, index: int, place: int, responses: list[Response]) -> list[Sample]:
         encoded, group, decode = self._prompts[index], self._first_group + index, self._manager._processor.decode
-        return [to_sample(encoded, group, response, decode(response.tokens)) for response in responses]
+        hint = self._draws[index][place].demonstration
+        given = _NOTHING if hint is None else hint.tokens
+        texts = [decode(np.concatenate([given, response.tokens])) for response in responses]
+        return [
+            to_sample(encoded, group, response, text, hint) for response, text in zip(responses, texts, strict=True)
+        ]
 
 
 def death_cause(error: Exception) -> str:

@@ -12,7 +12,8 @@ from megarl.types import Sample
 
 
 def sample_metrics(samples: Sequence[Sample]) -> dict[str, float]:
-    """Statistics of rewards, advantages and lengths; the parts of rewards by task."""
+    """Statistics of rewards, advantages and lengths, and parts of rewards by task, without experts' whole answers."""
+    samples = [sample for sample in samples if not sample.is_expert]
     metrics: dict[str, float] = {}
 
     def spread(name: str, values: Sequence[float]) -> None:
@@ -49,7 +50,7 @@ def sample_metrics(samples: Sequence[Sample]) -> dict[str, float]:
 
 def staleness_metrics(samples: Sequence[Sample], version: int) -> dict[str, float]:
     """How many optimizer steps older than ``version`` the weights were that chose the actions, and who saw several."""
-    spans = [s.weight_versions[s.loss_mask] for s in samples if s.weight_versions is not None and s.loss_mask.any()]
+    spans = [s.weight_versions[s.own_mask] for s in samples if s.weight_versions is not None and s.own_mask.any()]
     if not spans:
         return {}
     staleness = version - np.concatenate(spans)

@@ -7,7 +7,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from ray.exceptions import RayError
 
 from megarl.algorithms.advantages import compute_advantages, value_targets
@@ -23,6 +22,7 @@ from megarl.rewards.runner import RewardRunner
 from megarl.rollout.manager import RolloutManager
 from megarl.tasks.task import build_tasks, reward_functions
 from megarl.trainer.callbacks import Callback, Evaluate, MismatchAlarm, Report, Save, SaveRollouts, SyncReference
+from megarl.trainer.demonstrations import Demonstrator, deal_groups
 from megarl.trainer.estimates import Estimator
 from megarl.trainer.metrics import sample_metrics, staleness_metrics
 from megarl.trainer.run import Run, prompt_source
@@ -50,7 +50,13 @@ class RLTrainer:
             self.source.load_state_dict(saved["source"])
         self.estimator = Estimator(config, self.workers, self.packing)
         self.estimator.load_state_dict(saved)
-        self.state: dict[str, Any] = {"source": self.source.state_dict()} | self.estimator.state_dict()
+        self.demonstrator = Demonstrator(config, self.tasks, self.processor)
+        self.demonstrator.load_state_dict(saved)
+        self.state: dict[str, Any] = {
+            "source": self.source.state_dict(),
+            **self.demonstrator.state_dict(),
+            **self.estimator.state_dict(),
+        }
         self.rewards = RewardRunner(reward_functions(config), config.rewards)
         self.rollout = RolloutManager(
             self.engine_config(hf_dir), hf_dir, sync=lambda engines: self.sync.resend(engines, self.step)
@@ -63,7 +69,7 @@ class RLTrainer:
             canary=self.canary(),
             banned_token_ids=self.processor.banned_token_ids,
         )
-        self.sampler = StepSampler(config, self.source, self.rollout, self.rewards)
+        self.sampler = StepSampler(config, self.source, self.rollout, self.rewards, self.demonstrator)
         self.evaluation = Evaluation(config, self.tasks, self.processor, self.rollout, self.rewards)
         self.callbacks: list[Callback] = [
             SyncReference(self),
@@ -88,11 +94,11 @@ class RLTrainer:
                 rollout = self.generate(step)
                 samples = rollout.samples
                 metrics = rollout.metrics | self.estimator.add_to(samples) | self.weigh(rollout)
-                minibatches = self.pack(samples)
-                self.workers.load(minibatches)
+                minibatches = self.pack(samples + rollout.stream)
+                self.workers.load(minibatches, self.step)
                 self.workers.score()
                 metrics |= balance_metrics(minibatches) | self.workers.train()
-                self.step, self.state = step, {"source": rollout.source} | self.estimator.state_dict()
+                self.step, self.state = step, rollout.positions | self.estimator.state_dict()
                 with self.run.timer("update_weights"):
                     metrics |= self.push(must_change=metrics["actor/grad_norm"] * metrics["actor/lr"] > 0)
             for callback in self.callbacks:
@@ -150,18 +156,18 @@ class RLTrainer:
             for sample, returns in zip(samples, value_targets(samples, self.config.algorithm), strict=True):
                 sample.returns = returns
         self.dropped += rollout.reward_dropped
-        dropped = {"data/overlong_dropped": sum(rollout.source["dropped"].values()), "reward/dropped": self.dropped}
-        return sample_metrics(samples) | staleness_metrics(samples, self.step) | filtered | dropped
+        dropped = {
+            "data/overlong_dropped": sum(rollout.positions["source"]["dropped"].values()),
+            "reward/dropped": self.dropped,
+        }
+        demonstrated = self.demonstrator.metrics(samples + rollout.stream, self.step)
+        return sample_metrics(samples) | staleness_metrics(samples, self.step) | filtered | dropped | demonstrated
 
     def pack(self, samples: list[Sample]) -> list[list[list[PackedBatch]]]:
         """``[optimizer step][data-parallel rank][microbatch]``: groups are dealt to optimizer steps, then weighed."""
         algorithm, longest = self.config.algorithm, self.config.rollout.max_new_tokens
-        samples = [sample for sample in samples if sample.keep]
-        groups = np.array([sample.group_id for sample in samples])
-        parts = np.array_split(np.unique(groups), algorithm.num_minibatches)
         minibatches = []
-        for part in parts:
-            minibatch = [sample for sample, group in zip(samples, groups, strict=True) if group in part]
+        for minibatch in deal_groups([sample for sample in samples if sample.keep], algorithm.num_minibatches):
             for sample, weights in zip(minibatch, compute_loss_weights(minibatch, algorithm, longest), strict=True):
                 sample.loss_weights = weights
             minibatches.append(pack_bins(minibatch, self.packing, self.workers.data_parallel_size))

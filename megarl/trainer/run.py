@@ -56,12 +56,14 @@ def check(config: RunConfig) -> None:
     family_of(hf_config).validate(hf_config, config.parallel)
     if config.has_critic and config.critic.path:
         _check_critic(config, hf_config)
-    longest = config.data.max_prompt_length + config.rollout.max_new_tokens
+    key, response = "rollout.max_new_tokens", config.rollout.max_new_tokens
+    if config.algorithm.expert_strategy != "none" and config.data.max_target_length > response:
+        key, response = "data.max_target_length", config.data.max_target_length
     limit = hf_config.get_text_config().max_position_embeddings
-    if config.algorithm.policy_loss != "sft" and longest > limit:
+    if config.algorithm.policy_loss != "sft" and config.data.max_prompt_length + response > limit:
         raise ValueError(
-            f"data.max_prompt_length={config.data.max_prompt_length} and rollout.max_new_tokens="
-            f"{config.rollout.max_new_tokens} are more than the model's {limit} positions"
+            f"data.max_prompt_length={config.data.max_prompt_length} and {key}={response} are more than the model's "
+            f"{limit} positions"
         )
 
 

@@ -17,6 +17,7 @@ from megarl.data.source import PromptSource
 from megarl.eval.generate import SEED_STRIDE, Progress, generate_rewarded
 from megarl.rewards.runner import RewardRunner
 from megarl.rollout.manager import RolloutManager
+from megarl.trainer.demonstrations import Demonstrator
 from megarl.types import Sample
 from megarl.utils.errors import RunFailure
 
@@ -31,7 +32,8 @@ class Rollout:
 
     samples: list[Sample]  # rewarded, groups in the order of their prompts
     metrics: dict[str, float]
-    source: dict[str, Any]  # ``PromptSource.state_dict`` behind the last prompt of the step
+    stream: list[Sample]  # an expert's answers beside them
+    positions: dict[str, Any]  # behind the last prompt of the step: source, and ``Demonstrator.state_dict``
     reward_dropped: int  # samples without a reward
 
 
@@ -43,8 +45,21 @@ class StepSampler:
     Groups beyond that are dropped, as in verl: kept for the next step they would be of older weights.
     """
 
-    def __init__(self, config: RunConfig, source: PromptSource, rollout: RolloutManager, rewards: RewardRunner) -> None:
-        self.config, self.source, self.rollout, self.rewards = config, source, rollout, rewards
+    def __init__(
+        self,
+        config: RunConfig,
+        source: PromptSource,
+        rollout: RolloutManager,
+        rewards: RewardRunner,
+        demonstrator: Demonstrator,
+    ) -> None:
+        self.config, self.source, self.rollout, self.rewards, self.demonstrator = (
+            config,
+            source,
+            rollout,
+            rewards,
+            demonstrator,
+        )
 
     def sample(self, step: int, progress: Progress | None = None) -> Rollout:
         """The samples of ``step``; which prompts are drawn depends on the source and the rewards alone.
@@ -79,7 +94,8 @@ class StepSampler:
         return Rollout(
             samples=[sample for sample in samples if sample.group_id not in surplus],
             metrics={name: float(value) for name, value in metrics.items()},
-            source=self.source.state_dict(),
+            stream=self.demonstrator.stream(),
+            positions={"source": self.source.state_dict()} | self.demonstrator.state_dict(),
             reward_dropped=lost,
         )
 
@@ -91,7 +107,7 @@ class StepSampler:
         return generate_rewarded(
             self.rollout,
             self.rewards,
-            self.source.next(num_prompts),
+            self.demonstrator.demonstrate(self.source.next(num_prompts), step - 1),
             group_size=c.group_size,
             temperature=c.temperature,
             max_new_tokens=c.max_new_tokens,

@@ -112,9 +112,9 @@ class WorkerGroup:
 
     # ---- one step ---------------------------------------------------------------------------------------------------
 
-    def load(self, minibatches: list[list[list[PackedBatch]]]) -> None:
-        """Send ``[optimizer step][data-parallel rank][microbatch]`` to the ranks."""
-        self.dispatch("load", [list(bins) for bins in zip(*minibatches, strict=True)])
+    def load(self, minibatches: list[list[list[PackedBatch]]], step: int | None = None) -> None:
+        """Send ``[optimizer step][data-parallel rank][microbatch]`` of a run's ``step``, from 0, to the ranks."""
+        self.dispatch("load", [list(bins) for bins in zip(*minibatches, strict=True)], step)
 
     def score(self) -> None:
         """Old and reference log-probs of what was loaded; they stay on the ranks."""

@@ -35,6 +35,7 @@ class MicroBatch:
     sequence_ids: Tensor  # [N] int64
     num_sequences: int
     uniform: Tensor  # [N] float64, see Actions
+    expert_mask: Tensor  # [N] bool
     values: Tensor | None = None  # [N] float32, at the step's start; None: there is no critic
     returns: Tensor | None = None  # [N] float32
     old_logprobs: Tensor | None = None  # [N] float32, by PolicyWorker.estimate or score
@@ -50,11 +51,12 @@ def to_device(
     vision_group: ProcessGroup,
     cp_size: int = 1,
     cp_rank: int = 0,
+    step: int = 0,
 ) -> MicroBatch:
     """Move ``batch`` to ``device``.
 
     ``pixel_values`` decodes images and is None on stages that have no vision tower; ``vision_group``: the data- and
-    context-parallel ranks, which share the images of a microbatch.
+    context-parallel ranks, which share the images of a microbatch. ``step``: of the run, for random numbers.
     """
 
     def tensor(array: np.ndarray) -> Tensor:
@@ -93,7 +95,8 @@ def to_device(
         rollout_logprobs=tensor(batch.rollout_logprobs[actions]),
         sequence_ids=tensor(batch.sequence_ids[actions]),
         num_sequences=len(batch.cu_seqlens) - 1,
-        uniform=tensor(action_uniforms(*(stream[actions] for stream in identity))),
+        expert_mask=tensor(batch.expert_mask[actions]),
+        uniform=tensor(action_uniforms(*(stream[actions] for stream in identity), step)),
         values=estimate(batch.values),
         returns=estimate(batch.returns),
         old_logprobs=estimate(batch.old_logprobs),

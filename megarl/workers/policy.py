@@ -65,6 +65,7 @@ class PolicyWorker:
         self.config, self.rank = config, rank
         load_plugins(config.algorithm)
         self.microbatches: list[list[MicroBatch]] = []  # [optimizer step][microbatch]
+        self.run_step: int | None = None  # that they belong to, from 0
         self.seconds: dict[str, float] = defaultdict(float)
         self.sender = WeightSender(config, rank)
         self.saving: checkpoints.Handle | None = None
@@ -130,8 +131,11 @@ class PolicyWorker:
 
     # ---- one step -------------------------------------------------------------------------------------------------
 
-    def load(self, minibatches: list[list[PackedBatch]]) -> None:
-        """Take this rank's bins of a step, ``[optimizer step][microbatch]``, and decode the images of its share."""
+    def load(self, minibatches: list[list[PackedBatch]], step: int | None = None) -> None:
+        """Take this rank's bins of a step, ``[optimizer step][microbatch]``, and decode the images of its share.
+
+        ``step``: of the run, from 0, where the loss may ask for it.
+        """
         with self.timer("load"):
             pixels = self.processor.pixel_values if parallel_state.is_pipeline_first_stage() else None
             place = partial(
@@ -141,8 +145,10 @@ class PolicyWorker:
                 vision_group=parallel_state.get_data_parallel_group(with_context_parallel=True),
                 cp_size=parallel_state.get_context_parallel_world_size(),
                 cp_rank=parallel_state.get_context_parallel_rank(),
+                step=step or 0,
             )
             self.microbatches = [[place(batch) for batch in minibatch] for minibatch in minibatches]
+        self.run_step = step
 
     def estimate(self, batches: list[PackedBatch]) -> list[Estimates] | None:
         """What advantages are made of besides rewards, for each bin; None where it is not computed."""
@@ -289,6 +295,8 @@ class PolicyWorker:
             sum_over_ranks=partial(sum_over, group=parallel_state.get_context_parallel_group()),
             selected=m.selected,
             uniform=m.uniform,
+            expert_mask=None if config.expert_strategy == "none" else m.expert_mask,
+            step=self.run_step,
         )
         loss, metrics = policy_loss(actions, config)
         if not supervised:

@@ -428,11 +428,13 @@ def correction(p, c) -> Tensor:
         return out
     trainer = p.new.detach() if c.bypass_old_logprobs else p.old
 
-    def ratio(b: int, t: int) -> float:  # the engine did not sample what an expert wrote
-        return 1.0 if p.expert[b, t] else math.exp(trainer[b, t] - p.rollout[b, t])
+    def ratio(b: int, t: int) -> float:
+        return math.exp(trainer[b, t] - p.rollout[b, t])
 
-    for b, t in p.mask.nonzero().tolist():
-        ratios = [ratio(b, j) for j in p.mask[b].nonzero()[:, 0].tolist()]
+    for b, t in p.mask.nonzero().tolist():  # the engine did not sample what an expert wrote
+        if p.expert[b, t]:
+            continue
+        ratios = [ratio(b, j) for j in (p.mask[b] & ~p.expert[b]).nonzero()[:, 0].tolist()]
         rho = {
             "token": ratio(b, t),
             "sequence": math.prod(ratios),
@@ -451,11 +453,11 @@ def step_loss(p, groups: Sequence[int], c: AlgorithmConfig, longest: int) -> Ten
     """Everything together: policy loss, correction, KL and entropy, reduced."""
     own, expert = LOSSES[c.policy_loss]
     weight = correction(p, c)
-    extra = -c.entropy_coef * p.entropy + (c.kl_coef * kl(p, c) if c.kl_coef else 0.0)
-    losses = own(p, c) * weight + extra
+    entropy = -c.entropy_coef * p.entropy
+    losses = own(p, c) * weight + entropy + (c.kl_coef * kl(p, c) if c.kl_coef else 0.0)
     if expert is None:
         return reduce(losses, p.mask, groups, c.loss_weights, longest)
-    theirs = expert(p, c) * weight + extra
+    theirs = expert(p, c) + entropy  # no KL: its estimators take actions that the policy sampled
     if c.expert_weights == "joint":
         return reduce(torch.where(p.expert, theirs, losses), p.mask, groups, c.loss_weights, longest)
     return reduce(losses, p.mask & ~p.expert, groups, c.loss_weights, longest) + reduce(

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from megarl.algorithms.corrections import alarm, correction_weights, finish, mismatch_metrics
-from megarl.algorithms.policy_losses import Actions
+from megarl.algorithms.policy_losses import Actions, policy_loss
 from megarl.config import AlgorithmConfig
 
 
@@ -25,11 +25,12 @@ def actions_of(trainer, engine, sequence_ids):
     )
 
 
-def step_metrics(microbatches, config):
+def step_metrics(microbatches, config, *, losses=False):
     """As the worker and the driver make them: sums over actions, over their number, finished."""
     sums, count = {}, 0
     for actions in microbatches:
         metrics = correction_weights(actions, config)[1] | mismatch_metrics(actions, config)
+        metrics |= policy_loss(actions, config)[1] if losses else {}
         for name, value in metrics.items():
             sums[name] = sums.get(name, 0.0) + float(value.sum())
         count += len(actions.logprobs)
@@ -80,6 +81,31 @@ def test_metrics_do_not_depend_on_the_cut(level):
         setattr(nobody, name, getattr(nobody, name)[:0])
     cut = [actions_of(TRAINER[3:], ENGINE[3:], [1, 1]), nobody, actions_of(TRAINER[:3], ENGINE[:3], [0, 0, 0])]
     assert step_metrics(cut, config) == pytest.approx(whole)
+
+
+@pytest.mark.parametrize("level", ["token", "sequence", "geometric"])
+def test_what_an_expert_did_is_neither_weighed_nor_measured(level):
+    config = AlgorithmConfig(
+        policy_loss="ppo_sft",
+        rollout_correction="truncate",
+        rollout_correction_level=level,
+        rollout_correction_high=1.1,
+    )
+    own = step_metrics([actions_of(TRAINER, ENGINE, [0, 0, 0, 1, 1])], config)
+    weights, _ = correction_weights(actions_of(TRAINER, ENGINE, [0, 0, 0, 1, 1]), config)
+    # two hinted tokens of the first sequence, and a third sequence that is an expert's answer
+    mixed = actions_of([-1.0, -2.0, *TRAINER, -3.0], [0.0, 0.0, *ENGINE, 0.0], [0, 0, 0, 0, 0, 1, 1, 2])
+    mixed.expert_mask = torch.tensor([True] * 2 + [False] * 5 + [True])
+    mixed_weights, _ = correction_weights(mixed, config)
+    assert mixed_weights.tolist() == pytest.approx([1, 1, *weights.tolist(), 1])
+    metrics = step_metrics([mixed], config, losses=True)
+    assert {name: metrics[name] for name in own} == pytest.approx(own)
+    assert metrics["expert/nll"] == metrics["actor/expert_loss"] == pytest.approx((2 + 3 + 4) / 3)
+    assert metrics["actor/ppo_kl"] == pytest.approx(1.0)
+    assert metrics["expert/actions_fraction"] == pytest.approx(3 / 8)
+    mixed.expert_mask = torch.ones(8, dtype=torch.bool)
+    alone = step_metrics([mixed], config, losses=True)
+    assert not any(name.startswith(("training/", "rollout_corr/", "actor/ppo_kl")) for name in alone)
 
 
 def test_a_step_without_actions_has_metrics_too():

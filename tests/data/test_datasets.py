@@ -43,6 +43,15 @@ def test_jsonl_row_with_images_beside_the_file(tmp_path):
     assert prompt.metadata == {"level": 3}
 
 
+def test_targets_are_answers_or_messages_of_the_assistants(tmp_path):
+    messages = [{"role": "assistant", "content": "a"}, {"role": "assistant", "content": "b"}]
+    rows = [{"prompt": "?", "target": target} for target in ("a", ["a", "b"], messages)]
+    path = write(tmp_path / "t.jsonl", *rows, {"prompt": "?", "target": [messages[0], "b"]})
+    assert [prompt_of(path, index).targets for index in range(3)] == [["a"], ["a", "b"], ["a", "b"]]
+    with pytest.raises(ValueError, match=r"t\.jsonl:4: target\[1\] is not a message"):
+        prompt_of(path, 3)
+
+
 def test_without_placeholders_images_come_first(tmp_path):
     (tmp_path / "a.png").write_bytes(b"A")
     prompt = prompt_of(write(tmp_path / "t.jsonl", {"prompt": "What?", "images": "a.png"}))

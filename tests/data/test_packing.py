@@ -29,6 +29,7 @@ def sample(length, *, group=0, image=None, start=0):
         group_id=group,
         loss_mask=mask,
         rollout_logprobs=-np.arange(length, dtype=np.float32) * mask,
+        expert_mask=mask & (np.arange(length) == 3),
         advantages=mask * 2.0,
         loss_weights=mask * 0.5,
         tokens=np.arange(start, start + length),
@@ -44,6 +45,7 @@ def test_every_stream_speaks_of_the_token_that_is_predicted():
     np.testing.assert_array_equal(batch.loss_weights, [0, 0.5, 0.5, 0, 0.5, 0.5, 0.5, 0.5, 0.5, 0, 0, 0])
     np.testing.assert_array_equal(batch.advantages, batch.loss_weights * 4)
     np.testing.assert_array_equal(batch.rollout_logprobs, [0, -2, -3, 0, -2, -3, -4, -5, -6, 0, 0, 0])
+    np.testing.assert_array_equal(batch.expert_mask, [False, False, True] + [False, False, True] + [False] * 6)
     np.testing.assert_array_equal(batch.cu_seqlens, [0, 3, 9, 12])
     np.testing.assert_array_equal(batch.parents, [-1, -1, -1])
     np.testing.assert_array_equal(batch.sequence_ids, [0] * 3 + [1] * 6 + [2] * 3)
@@ -79,6 +81,7 @@ def test_a_shared_prompt_is_laid_out_once():
     np.testing.assert_array_equal(batch.labels, [11, 12, 13, 12, 13, 14, 15, 31, 32, 33, 34])
     np.testing.assert_array_equal(batch.loss_weights, [0, *[0.5] * 6, 0, *[0.5] * 3])
     np.testing.assert_array_equal(batch.rollout_logprobs, [0, -2, -3, -2, -3, -4, -5, 0, -2, -3, -4])
+    np.testing.assert_array_equal(np.flatnonzero(batch.expert_mask), [2, 4, 9])
     np.testing.assert_array_equal(batch.cu_seqlens, [0, 1, 3, 7, 11])
     np.testing.assert_array_equal(batch.parents, [-1, 0, 0, -1])
     np.testing.assert_array_equal(batch.position_ids, [[100, 101, 102, 101, 102, 103, 104, 0, 1, 2, 3]])

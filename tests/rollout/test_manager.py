@@ -1,5 +1,6 @@
 """The pool: assembly of samples, reproducible sampling, engines that die or hang."""
 
+import dataclasses
 import os
 import signal
 import threading
@@ -10,6 +11,7 @@ import ray
 
 from megarl.rollout.engine import Response
 from megarl.rollout.manager import EngineError, sample_seed, to_sample
+from megarl.types import Demonstration
 from tests.rollout.reference import prompt
 
 
@@ -63,6 +65,28 @@ def test_a_greedy_answer_comes_with_each_group(pool, processor):
         assert greedy.tokens.tolist() == expected.tokens.tolist()
         np.testing.assert_allclose(greedy.rollout_logprobs, expected.rollout_logprobs, atol=1e-5)
     assert any(s.response != greedy.response for s, greedy in zip(samples[::3], samples[2::3], strict=True))
+
+
+def test_hints_are_gone_on_from_and_whole_answers_taken_as_they_are(pool, processor):
+    encoded = prompt(processor, 1)
+    hint = Demonstration(np.array([40, 41, 42], np.int32), processor.decode([40, 41, 42]), whole=False, num_samples=2)
+    answer = Demonstration(processor.encode_response("1,2"), "1,2", whole=True)
+    shown = dataclasses.replace(encoded, demonstrations=[hint, answer])
+    longer = dataclasses.replace(encoded, tokens=np.concatenate([encoded.tokens, hint.tokens]))
+    greedy = {"temperature": 0.0, "step_seed": 1}
+    samples = pool.manager.generate([encoded, shown], group_size=4, max_new_tokens=8, **greedy)
+    (expected,) = pool.manager.generate([longer], group_size=1, max_new_tokens=5, **greedy)
+    assert [s.group_id for s in samples] == [0] * 4 + [1] * 4
+    assert not any(s.has_expert for s in samples[:5])
+    begin = len(encoded.tokens)
+    for sample in samples[5:7]:
+        assert sample.tokens.tolist() == expected.tokens.tolist()
+        assert np.flatnonzero(sample.expert_mask).tolist() == [begin, begin + 1, begin + 2]
+        assert np.flatnonzero(sample.loss_mask).tolist() == list(range(begin, len(sample.tokens)))
+        np.testing.assert_allclose(sample.rollout_logprobs, expected.rollout_logprobs, atol=1e-5)
+        assert sample.response == processor.decode(sample.tokens[begin:])
+    assert samples[7].tokens.tolist() == [*encoded.tokens, *answer.tokens]
+    assert samples[7].is_expert
 
 
 def test_an_error_of_a_prompt_is_not_an_engines_death(pool, processor):

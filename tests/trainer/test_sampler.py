@@ -8,6 +8,7 @@ import pytest
 
 from megarl.config import AlgorithmConfig, DataConfig, RolloutConfig, RunConfig
 from megarl.rewards.runner import RewardError, Score
+from megarl.trainer.demonstrations import Demonstrator
 from megarl.trainer.metrics import staleness_metrics
 from megarl.trainer.sampler import StepSampler
 from megarl.types import Media, Prompt, Sample
@@ -76,7 +77,7 @@ def sampler(judge, **algorithm):
         rollout=RolloutConfig(group_size=2),
         algorithm=AlgorithmConfig(**algorithm),
     )
-    return StepSampler(config, Source(), Rollout(), Rewards(judge))
+    return StepSampler(config, Source(), Rollout(), Rewards(judge), Demonstrator(config, {}, None))
 
 
 def differs(teaches):
@@ -90,7 +91,7 @@ def test_a_step_is_refilled_until_enough_groups_teach():
     # 1 of 4; 3 * 5 / 2 = 7.5, at most 4: 2 of 8; 2 * 9 / 3 = 6, at most 4: 6 of 12, two more than wanted
     assert sampling.rollout.calls == [(4, 0, 3), (4, 4, 3), (4, 8, 3)]
     assert sorted({s.group_id for s in rollout.samples}) == list(range(10))  # groups 10 and 11 are too many
-    assert rollout.source == {"drawn": 12}
+    assert rollout.positions["source"] == {"drawn": 12}
     metrics = {name: value for name, value in rollout.metrics.items() if name.startswith("filter/")}
     assert metrics == {
         "filter/rounds": 3,

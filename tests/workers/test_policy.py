@@ -5,6 +5,7 @@ import dataclasses
 import numpy as np
 import pytest
 
+from megarl.algorithms.presets import PRESETS
 from megarl.config import (
     AlgorithmConfig,
     DataConfig,
@@ -16,6 +17,8 @@ from megarl.config import (
     TrainerConfig,
 )
 
+STEP = 300  # of the run
+EXPERTS = ["luffy", "srft", "hpt", "chord"]  # presets with an expert, a policy loss each
 LAYOUTS = {
     "one rank": (1, ParallelConfig()),
     "tp2": (2, ParallelConfig(tensor_model_parallel_size=2)),
@@ -41,13 +44,16 @@ def config_of(path, parallel, world_size, share_prompts, algorithm=()):
         optimizer=OptimizerConfig(lr=1e-3),
         data=DataConfig(prompts_per_step=3),
         tasks={"digits": TaskConfig(path="megarl.tasks.digits:Digits", kwargs={"order": "random"})},
-        algorithm=AlgorithmConfig(kl_coef=0.1, entropy_coef=0.01, num_minibatches=2, **dict(algorithm)),
+        algorithm=AlgorithmConfig(**{"kl_coef": 0.1, "entropy_coef": 0.01, "num_minibatches": 2} | dict(algorithm)),
         trainer=TrainerConfig(ranks_per_node=world_size, max_tokens_per_microbatch=128, share_prompts=share_prompts),
     )
 
 
 def samples_of(config, processor):
-    """Nine samples of three prompts: made-up responses, log-probs and advantages."""
+    """Nine samples of three prompts: made-up responses, log-probs and advantages.
+
+    Where experts take part, the first of each prompt is an expert's answer and the second goes on from a hint.
+    """
     from megarl.tasks.task import build_tasks
     from megarl.types import Prompt, Sample
 
@@ -57,16 +63,19 @@ def samples_of(config, processor):
         if processor.config.model_type == "qwen3":  # it sees no images
             prompt = Prompt(prompt.id, "digits", [{"role": "user", "content": f"What is the sum of {group}, 1?"}])
         encoded = processor.encode(prompt)
-        for _ in range(3):
+        for place in range(3):
             response = random.integers(0, 256, random.integers(2, 40))  # on several ranks, where they share it
             tokens = np.concatenate([encoded.tokens, response]).astype(np.int32)
             mask = np.arange(len(tokens)) >= len(encoded.tokens)
+            given = (len(response), 2, 0)[place] if config.algorithm.expert_strategy != "none" else 0
+            expert = mask & (np.arange(len(tokens)) < len(encoded.tokens) + given)
             samples.append(
                 Sample(
                     prompt=encoded.prompt,
                     group_id=group,
                     loss_mask=mask,
-                    rollout_logprobs=(-random.random(len(tokens)) * mask).astype(np.float32),
+                    expert_mask=expert,
+                    rollout_logprobs=(-random.random(len(tokens)) * (mask & ~expert)).astype(np.float32),
                     advantages=(random.normal() * mask).astype(np.float32),
                     tokens=tokens,
                     media=encoded.media,
@@ -111,7 +120,7 @@ def train_once(config):
     from megarl.checkpoint.export import export_to_rank_zero
 
     worker = worker_of(config)
-    worker.load(minibatches_of(config, worker))
+    worker.load(minibatches_of(config, worker), STEP)
     worker.score()
     totals = worker.train()
     weights = {name: tensor.clone().numpy() for name, tensor in export_to_rank_zero(worker.model, worker.mappings)}
@@ -284,6 +293,7 @@ ALGORITHMS = {
     "of the whole step": {"policy_loss": "kl_cov", "kl_cov_ratio": 0.1, "kl_cov_coef": 10.0},
     "with a lot": {"policy_loss": "clip_cov", "clip_cov_ratio": 0.2, "clip_cov_low": 0.0, "clip_cov_high": 1e6},
     "past the old policy": {"bypass_old_logprobs": True, "loss_weights": "sequence_sum_norm"},
+    **{name: PRESETS[name] for name in EXPERTS},
 }
 
 
@@ -294,6 +304,83 @@ def test_an_algorithm_does_not_depend_on_the_layout(model, pool, what):
     for name in ("actor/cov_selected_frac", "rollout_corr/rollout_is_ratio_fraction_high"):
         assert 0 < metrics.get(name, 0.5) < 1
     assert_same_step(run(model, pool, "dp2 cp2", **ALGORITHMS[what]), (metrics, weights))
+
+
+def gradient_norms(path):
+    """On a rank: of each preset with an expert, the norm of the first step's gradient and what is logged of it."""
+    from megarl.algorithms.weights import compute_loss_weights
+    from megarl.data.packing import Packing, pack_bins
+    from megarl.workers.group import merge
+
+    config = config_of(path, ParallelConfig(), 1, False)
+    config.optimizer.lr = 0.0
+    worker, norms = worker_of(config), {}
+    for name in EXPERTS:
+        config.algorithm = AlgorithmConfig(**PRESETS[name])
+        samples = samples_of(config, worker.processor)
+        for sample, weights in zip(samples, compute_loss_weights(samples, config.algorithm, longest=40), strict=True):
+            sample.loss_weights = weights
+        worker.load([pack_bins(samples, Packing.of(config, worker.processor), 1)[0]], STEP)
+        worker.score()
+        norms[name] = merge([worker.train()])
+    return norms
+
+
+def test_a_step_with_experts_equals_transformers_and_the_papers(pool, tmp_path):
+    """Loss and gradient: transformers' log-probs in the forms of tests/algorithms/naive.py."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    from examples.tiny_models import qwen3
+    from megarl.data.processors import load_processor
+    from tests.algorithms import naive
+    from tests.algorithms.steps import Padded
+
+    qwen3(tmp_path / "tiny", seed=3, num_hidden_layers=2)
+    (logged,) = pool.run(gradient_norms, 1, tmp_path / "tiny")
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "tiny", dtype=torch.float32)
+    processor = load_processor(tmp_path / "tiny")
+    for name in EXPERTS:
+        config = config_of(tmp_path / "tiny", ParallelConfig(), 1, False)
+        config.algorithm = AlgorithmConfig(**PRESETS[name])
+        samples = samples_of(config, processor)
+        longest = max(len(sample.tokens) for sample in samples) - 1
+
+        def padded(streams, longest=longest):
+            """[B, L], of what is predicted."""
+            rows = [np.pad(stream[1:], (0, longest + 1 - len(stream))) for stream in streams]
+            return torch.from_numpy(np.stack(rows))
+
+        tokens = padded([sample.tokens for sample in samples]).long()
+        read = torch.cat([torch.tensor([s.tokens[0] for s in samples])[:, None].long(), tokens[:, :-1]], 1)
+        logits = model(input_ids=read).logits  # what stands behind a sequence is not looked at
+        logits[..., list(processor.banned_token_ids)] = -1e9
+        all_logprobs = logits.log_softmax(-1)
+        new = all_logprobs.gather(-1, tokens[..., None])[..., 0]
+        p = Padded(
+            mask=padded([s.loss_mask for s in samples]),
+            rollout=padded([s.rollout_logprobs for s in samples]),
+            old=new.detach(),
+            new=new,
+            ref=new.detach(),
+            entropy=-(all_logprobs.exp() * all_logprobs).sum(-1),
+            advantages=padded([s.advantages for s in samples]),
+            expert=padded([s.expert_mask for s in samples]),
+            uniform=torch.zeros_like(new),
+            step=STEP,
+        )
+        model.zero_grad()
+        naive.step_loss(p, [s.group_id for s in samples], config.algorithm, longest=40).backward()
+        norm = torch.stack([parameter.grad.norm() for parameter in model.parameters()]).norm()
+        assert logged[name]["actor/grad_norm"] == pytest.approx(float(norm), rel=1e-4), name
+        config.algorithm.entropy_coef = 0.0
+        loss = naive.step_loss(p, [s.group_id for s in samples], config.algorithm, longest=40)
+        assert logged[name]["actor/pg_loss"] == pytest.approx(float(loss), rel=1e-4), name
+        expert, own = p.mask & p.expert, p.mask & ~p.expert
+        assert logged[name]["expert/actions_fraction"] == pytest.approx(float(expert.sum() / p.mask.sum()))
+        assert logged[name]["expert/nll"] == pytest.approx(-float(new[expert].mean()), rel=1e-4)
+        difference = (new.exp() - p.rollout.exp())[own].abs().mean()  # engine and trainer: the policy's actions alone
+        assert logged[name]["training/rollout_probs_diff_mean"] == pytest.approx(float(difference), rel=1e-4)
 
 
 def assert_same_step(result, one_rank, tolerance=1e-4):
