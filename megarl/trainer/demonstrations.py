@@ -42,7 +42,7 @@ class Demonstrator:
         if self.algorithm.expert_strategy not in ("random", "hint"):
             return prompts
         shown = [replace(prompt, demonstrations=self._demonstrations(prompt, step)) for prompt in prompts]
-        if self.missing and not self.answered:
+        if self.missing and not self.answered and not any(self._fitting(prompt) for prompt in prompts):
             key, longest = self.config.data.target_key, self.longest
             raise ValueError(
                 f"algorithm.expert_strategy={self.algorithm.expert_strategy}: no prompt has an expert's answer of at "
@@ -122,12 +122,14 @@ class Demonstrator:
 
     def _answers(self, prompt: EncodedPrompt) -> list[Demonstration]:
         """Those that are not too long; what is left out is counted."""
-        answers = answers_of(prompt, self.processor)
-        fitting = [answer for answer in answers if len(answer.tokens) <= self.longest]
-        self.dropped += len(answers) - len(fitting)
+        fitting = self._fitting(prompt)
+        self.dropped += len(prompt.prompt.targets) - len(fitting)
         self.missing += not fitting
         self.answered += bool(fitting)
         return fitting
+
+    def _fitting(self, prompt: EncodedPrompt) -> list[Demonstration]:
+        return [answer for answer in answers_of(prompt, self.processor) if len(answer.tokens) <= self.longest]
 
     def _hint(self, answer: Demonstration, random: np.random.Generator, step: int) -> Demonstration:
         segments, longest = self.algorithm.hint_segments, self.config.rollout.max_new_tokens - 1
