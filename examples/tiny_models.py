@@ -153,7 +153,7 @@ def qwen3_vl(path: str | Path, seed: int = 0, num_hidden_layers: int = 3) -> Non
 def qwen3_vl_moe(path: str | Path, seed: int = 0, num_hidden_layers: int = 3) -> None:
     """Write a random Qwen3-VL-MoE (about 1.7 M parameters) to ``path``; the directory appears whole or not at all.
 
-    A token has 2 of 8 experts. SGLang takes it for granted that every layer has experts, and three see more of the tower.
+    A token has 2 of 8 experts. That all layers have experts, and three see more of the tower, SGLang takes for granted.
     """
     vision = QWEN3_VISION | {"depth": 3, "deepstack_visual_indexes": [0, 1, 2]}
     experts = {"num_experts": 8, "num_experts_per_tok": 2, "moe_intermediate_size": 96}
