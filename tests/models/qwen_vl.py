@@ -259,7 +259,7 @@ class Qwen3VLMoe(Qwen3VL):
             "hidden_size": draw.choice([32, 48]),
             "num_experts": draw.choice([4, 8]),
             "num_experts_per_tok": draw.choice([2, 3]),
-            "moe_intermediate_size": draw.randint(12, 30),
+            "moe_intermediate_size": 4 * draw.randint(3, 8),  # torch's grouped product wants a multiple of 16 bytes
             "mlp_only_layers": dense,
         }
         return transformers.Qwen3VLMoeConfig(

@@ -117,7 +117,7 @@ def train(ref: PeftReference, config: RunConfig, batches: list[Batch]) -> dict[s
     assert all(torch.equal(value, base[n]) for n, value in after.items())
     assert {id(p) for p in ddp.param_to_bucket_group} == {id(p) for p in named.values()}
     return {
-        "tp": ps.get_tensor_model_parallel_rank(),
+        "tensor": ps.get_tensor_model_parallel_rank(),
         "dp": 0,
         "cp": 0,
         "adapters": adapters,

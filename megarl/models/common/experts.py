@@ -15,6 +15,7 @@ from megatron.core.tensor_parallel.layers import set_tensor_model_parallel_attri
 from megatron.core.tensor_parallel.random import get_cuda_rng_tracker, get_expert_parallel_rng_tracker_name
 from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.moe.moe_layer import MoELayer, MoESubmodules
+from megatron.core.transformer.moe.router import TopKRouter
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor, nn
@@ -27,6 +28,18 @@ FIXED = {
     "moe_latent_size": None,
     "expert_tensor_parallel_size": 1,
 }
+
+
+class Router(TopKRouter):
+    """mcore's, with a loss of balance that weighs the same however many ranks share a microbatch."""
+
+    def attach_and_log_load_balancing_loss(
+        self, activation: Tensor, aux_loss_coeff: float, aux_loss: Tensor, *args: Any, **kwargs: Any
+    ) -> Tensor:
+        """Scale the loss by the tokens of all ranks that share it (``reduce_group``), instead of by this rank's."""
+        _, group = args
+        kwargs["valid_token_count"] = len(activation) * group.size()
+        return super().attach_and_log_load_balancing_loss(activation, aux_loss_coeff, aux_loss, *args, **kwargs)
 
 
 class Experts(MegatronModule):
@@ -87,4 +100,4 @@ def experts_spec(config: TransformerConfig) -> ModuleSpec:
     for name, value in values.items():
         if value != FIXED[name]:
             raise ValueError(f"model.megatron.{name}={value}: experts know {FIXED[name]} only")
-    return ModuleSpec(module=MoELayer, submodules=MoESubmodules(experts=ModuleSpec(module=Experts)))
+    return ModuleSpec(module=MoELayer, submodules=MoESubmodules(experts=ModuleSpec(module=Experts), router=Router))
