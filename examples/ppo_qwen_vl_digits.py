@@ -11,7 +11,7 @@ from megarl.config import CriticConfig, RunConfig
 
 
 def config() -> RunConfig:
-    """About five minutes on two cores."""
+    """Less than five minutes on two cores."""
     c = grpo()
     c.name = "ppo_qwen_vl_digits"
     c.algorithm = preset("ppo", kl_coef=0.005)
