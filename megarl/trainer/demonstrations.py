@@ -18,6 +18,7 @@ from megarl.data.demonstrations import answer_sample, answers_of, hint_of, num_s
 from megarl.data.processors import Processor
 from megarl.data.source import PromptSource
 from megarl.tasks.task import Task
+from megarl.trainer.run import prompt_source
 from megarl.types import Demonstration, EncodedPrompt, Sample
 
 
@@ -34,8 +35,9 @@ class Demonstrator:
         self.source: PromptSource | None = None  # of the stream's prompts
         if self.algorithm.expert_strategy == "stream":
             shares = self.algorithm.expert_tasks or {name: config.tasks[name].weight for name in tasks}
-            weighted = {name: (tasks[name], share) for name, share in shares.items()}
-            self.source = PromptSource(weighted, processor, config.data, seed=config.seed + 1)
+            weighted = {name: replace(config.tasks[name], weight=share) for name, share in shares.items()}
+            own = replace(config, tasks=weighted, seed=(config.seed + 1) % (1 << 31))
+            self.source = prompt_source(own, {name: tasks[name] for name in shares}, processor)
 
     def demonstrate(self, prompts: list[EncodedPrompt], step: int) -> list[EncodedPrompt]:
         """``prompts`` of ``step``, from 0, with what experts give to their groups."""
