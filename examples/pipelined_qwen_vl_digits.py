@@ -2,8 +2,9 @@
 
     megarl train examples/pipelined_qwen_vl_digits.py model.path=runs/sft_digits/hf
 
-New weights reach responses that are under way; `rollout/staleness_*` and `rollout/partial_fraction` in the log say how
-old the weights were that chose the tokens, and truncated importance weights correct the loss for it.
+Answers of five tokens are finished before weights change; longer ones had better go on with the new weights, as they do
+unless `rollout.partial=False`. `rollout/staleness_*` and `rollout/partial_fraction` in the log say how old the weights
+were that chose the tokens, and truncated importance weights correct the loss for it.
 """
 
 from examples.grpo_qwen_vl_digits import config as grpo
@@ -15,6 +16,6 @@ def config() -> RunConfig:
     c = grpo()
     c.name, c.trainer.run_dir = "pipelined_qwen_vl_digits", "runs/pipelined_digits"
     c.parallel.tensor_model_parallel_size = 1
-    c.trainer.max_staleness = 1
+    c.trainer.max_staleness, c.rollout.partial = 1, False
     c.algorithm.rollout_correction, c.algorithm.rollout_correction_high = "truncate", 2.0
     return c

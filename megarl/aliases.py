@@ -14,6 +14,7 @@ ALIASES: dict[str, str | tuple[str, ...]] = {
     "rollout.response_length": "rollout.max_new_tokens",
     "rollout.tensor_model_parallel_size": "rollout.tensor_parallel_size",
     "rollout.engine_kwargs.sglang": "rollout.engine",
+    "async_training.partial_rollout": "rollout.partial",
     "rollout.val_kwargs.temperature": "rollout.eval_temperature",
     "actor.clip_ratio": ("algorithm.clip_ratio_low", "algorithm.clip_ratio_high"),
     "actor.clip_ratio_low": "algorithm.clip_ratio_low",

@@ -235,6 +235,9 @@ class RolloutConfig:
     eval_temperature: float = 0.0
     timeout_s: float = 600.0  # a call to an engine that takes longer counts as the engine's death
     max_restarts: int = 3  # of engines, over the run
+    # with trainer.max_staleness: responses under way when weights change are computed anew from their tokens and go on
+    # with the new weights; False: they are finished first, which is faster where they are short
+    partial: bool = True
     engine: dict[str, Any] = field(default_factory=dict)  # further SGLang ServerArgs, verbatim
 
     def __post_init__(self) -> None:
@@ -561,7 +564,8 @@ class RunConfig:
 
         Reproducible batches and SGLang's adapters cannot change on the way: their responses are finished first.
         """
-        return self.trainer.max_staleness > 0 and not self.debug.deterministic and self.weight_sync.lora == "merged"
+        possible = not self.debug.deterministic and self.weight_sync.lora == "merged"
+        return self.trainer.max_staleness > 0 and self.rollout.partial and possible
 
     @property
     def has_critic(self) -> bool:

@@ -10,7 +10,7 @@ from types import SimpleNamespace
 import pytest
 
 from megarl.algorithms.checks import check_algorithm
-from megarl.config import AlgorithmConfig, DebugConfig, RunConfig, TrainerConfig
+from megarl.config import AlgorithmConfig, DebugConfig, RolloutConfig, RunConfig, TrainerConfig
 from megarl.rollout.manager import EngineError, RolloutManager
 from megarl.trainer.pipelined import PipelinedTrainer
 from megarl.trainer.rl import RLTrainer
@@ -20,10 +20,11 @@ from tests.trainer.commands import EXPERIMENT, ROOT, kill_engine_when, metrics, 
 class Pipeline(PipelinedTrainer):
     """A trainer of nothing: a rollout notes the weights that it began and ended with."""
 
-    def __init__(self, max_staleness, *, num_steps=6, deterministic=False, seconds=0.0):
+    def __init__(self, max_staleness, *, num_steps=6, deterministic=False, partial=True, seconds=0.0):
         self.config = RunConfig(
             trainer=TrainerConfig(max_staleness=max_staleness, num_steps=num_steps),
             debug=DebugConfig(deterministic=deterministic),
+            rollout=RolloutConfig(partial=partial),
         )
         self.run = SimpleNamespace(stopping=False, console=SimpleNamespace(progress=print))
         self.rollout = SimpleNamespace(replace_lost=lambda: None)
@@ -65,9 +66,10 @@ def test_weights_are_never_older_than_the_bound(push, max_staleness):
     assert pipeline.ahead == {}
 
 
-def test_a_response_may_see_new_weights_unless_it_must_be_reproducible(push):
+@pytest.mark.parametrize("how", [{"deterministic": True}, {"partial": False}])
+def test_a_response_may_see_new_weights_unless_it_must_not(push, how):
     assert any(r.ended > r.begun for r in Pipeline(1, seconds=0.05).train(6))
-    rollouts = Pipeline(1, seconds=0.05, deterministic=True).train(6)
+    rollouts = Pipeline(1, seconds=0.05, **how).train(6)
     assert [(r.begun, r.ended) for r in rollouts] == [(0, 0), (0, 0), (1, 1), (2, 2), (3, 3), (4, 4)]
 
 
