@@ -49,8 +49,10 @@ def train(name: str, overrides: list[str], directory: Path) -> list[Row]:
     command = [sys.executable, "-m", "megarl.cli", "train", "examples/grpo_qwen_vl_digits.py", *overrides, *off]
     subprocess.run(command, check=True, stdout=sys.stderr)
     rows = [json.loads(line) for line in (directory / "metrics.jsonl").read_text().splitlines()]
-    for row in rows:
-        row.setdefault("timing_s/wait_gen", row["timing_s/gen"])  # in turns the ranks wait for all of it
+    for row in rows:  # in turns the ranks wait for all of it; ahead, for what is left before a step or before a sync
+        finish = row.get("timing_s/finish_gen", 0.0)
+        row["timing_s/wait_gen"] = row.get("timing_s/wait_gen", row["timing_s/gen"]) + finish
+        row["timing_s/update_weights"] -= finish
     return rows
 
 
@@ -87,7 +89,7 @@ def plot(runs: dict[str, list[Row]], table: dict[str, dict[str, float]], path: P
         by_time.plot(seconds, smoothed(rewards), label=name, **style)
     by_step.set(xlabel="step", ylabel=f"reward, mean of {WINDOW} steps", title="the same steps")
     by_time.set(xlabel="seconds since the first step", title="the same seconds")
-    by_step.legend(frameon=False, loc="lower right")
+    figure.legend(*by_step.get_legend_handles_labels(), frameon=False, loc="outside lower left", ncols=len(WAYS))
     for axes in (by_step, by_time):
         axes.grid(alpha=0.25)
         axes.margins(x=0.01)

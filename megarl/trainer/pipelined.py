@@ -6,7 +6,6 @@ and begins what comes next, in a thread; ``push`` puts new weights under respons
 
 from __future__ import annotations
 
-import time
 from collections.abc import Iterable
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from functools import partial
@@ -36,11 +35,10 @@ class PipelinedTrainer(RLTrainer):
 
     def generate(self, step: int) -> Rollout:
         """The samples that ``step`` is trained on; those of the steps after it are begun."""
-        start = time.perf_counter()
         self._begin(step)
-        self._wait_for([self.ahead[step]])
+        with self.run.timer("wait_gen"):
+            self._wait_for([self.ahead[step]])
         rollout = self.ahead.pop(step).result()
-        rollout.metrics["timing_s/wait_gen"] = time.perf_counter() - start
         last = min(step + self.config.trainer.max_staleness, self.config.trainer.num_steps)
         for later in range(step + 1, last + 1):
             if not self.run.stopping:
@@ -50,7 +48,8 @@ class PipelinedTrainer(RLTrainer):
     def push(self, *, must_change: bool) -> dict[str, float]:
         """Sync all engines, amid their responses where those may go on with other weights."""
         if not self.config.partial_rollouts:
-            self._wait_for(self.ahead.values())
+            with self.run.timer("finish_gen"):
+                self._wait_for(self.ahead.values())
         return super().push(must_change=must_change)
 
     def close(self) -> None:

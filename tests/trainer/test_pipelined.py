@@ -5,6 +5,7 @@ import sys
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
 from types import SimpleNamespace
 
 import pytest
@@ -26,7 +27,7 @@ class Pipeline(PipelinedTrainer):
             debug=DebugConfig(deterministic=deterministic),
             rollout=RolloutConfig(partial=partial),
         )
-        self.run = SimpleNamespace(stopping=False, console=SimpleNamespace(progress=print))
+        self.run = SimpleNamespace(stopping=False, console=SimpleNamespace(progress=print), timer=nullcontext)
         self.rollout = SimpleNamespace(replace_lost=lambda: None)
         self.sampler, self.seconds, self.version, self.begun = SimpleNamespace(sample=self.sample), seconds, 0, []
         self.thread, self.ahead = ThreadPoolExecutor(1), {}
