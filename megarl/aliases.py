@@ -76,6 +76,7 @@ ALIASES: dict[str, str | tuple[str, ...]] = {
     "trainer.nnodes": "trainer.num_nodes",
     "trainer.n_gpus_per_node": "trainer.ranks_per_node",
     "trainer.total_training_steps": "trainer.num_steps",
+    "trainer.total_epochs": "trainer.num_epochs",
     "trainer.save_freq": "checkpoint.save_every",
     "trainer.test_freq": "trainer.eval_every",
     "trainer.resume_mode": "trainer.resume",

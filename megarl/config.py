@@ -177,9 +177,10 @@ class OptimizerConfig:
 
 @dataclass
 class DataConfig:
-    train_files: list[str] = field(default_factory=list)  # JSONL or parquet, for tasks that read files
+    train_files: list[str] = field(default_factory=list)  # JSONL, JSON or parquet, for tasks that read files
     val_files: list[str] = field(default_factory=list)
-    prompt_key: str = "prompt"
+    media_folder: str = ""  # where paths of images and videos in them start; empty: at the file that names them
+    prompt_key: str = "prompt"  # a text or messages; conversations for supervised training too
     image_key: str = "images"
     video_key: str = "videos"
     answer_key: str = "answer"
@@ -190,6 +191,8 @@ class DataConfig:
     prompts_per_step: int = 16
     shuffle: bool = True
     max_prompt_length: int = 1024  # tokens, images included; longer prompts are dropped and counted
+    # the same of a prompt with its response, or a conversation, in supervised training; 0: what a microbatch can hold
+    max_length: int = 0
     max_image_pixels: int = 64_000_000  # a larger image or frame is refused before it is decoded
     max_video_pixels: int = 64_000_000_000  # a video with more in all its frames is refused before it is decoded
     max_media_bytes: int = 256 << 20  # a larger file of an image or a video is refused
@@ -200,6 +203,7 @@ class DataConfig:
         _check_positive("data", self, "prompts_per_step", "max_prompt_length", "max_image_pixels", "max_video_pixels")
         _check_positive("data", self, "max_media_bytes", "video_fps", "max_video_frames")
         _check_not_negative("data", self, "max_target_length")
+        _check_not_negative("data", self, "max_length")
 
 
 @dataclass
@@ -443,6 +447,9 @@ class CriticConfig:
 class TrainerConfig:
     run_dir: str = "runs/run"
     num_steps: int = 100
+    num_epochs: float = (
+        0.0  # instead of num_steps: passes over the training rows, over-long ones included; 0: num_steps
+    )
     num_nodes: int = 1
     ranks_per_node: int = 0  # 0: as many as the model-parallel sizes need
     max_tokens_per_microbatch: int = 8192  # of a data-parallel rank: context-parallel ranks share them
@@ -472,6 +479,7 @@ class TrainerConfig:
             )
         if not 0 <= self.ema_decay < 1:
             raise ValueError(f"trainer.ema_decay={self.ema_decay} must lie in [0, 1)")
+        _check_not_negative("trainer", self, "num_epochs")
 
 
 @dataclass

@@ -79,6 +79,12 @@ class Prompt:
     target: str | list[str] | None = None  # an expert's response, or several; None: there is none
     metadata: dict[str, Any] = field(default_factory=dict)
     videos: list[bytes] = field(default_factory=list)  # encoded, or frames that ``data.videos.pack_frames`` packed
+    where: str = ""  # "file:line" that it was read from; empty: the task made it up
+
+    @property
+    def name(self) -> str:
+        """What errors call it: where a person finds it."""
+        return self.where or self.id
 
     @property
     def targets(self) -> list[str]:
@@ -104,6 +110,7 @@ class EncodedPrompt:
     tokens: np.ndarray  # [L] int32, image placeholders expanded to one token a merged patch
     media: Media
     demonstrations: list[Demonstration] = field(default_factory=list)
+    loss_mask: np.ndarray | None = None  # [L] bool, an expert's words, for supervised training; None: none are there
 
 
 @dataclass(kw_only=True)
@@ -160,7 +167,7 @@ class Sample(Trajectory):
     def __post_init__(self) -> None:
         lengths = {len(self.tokens), len(self.loss_mask), len(self.rollout_logprobs)}
         if len(lengths) != 1:
-            raise ValueError(f"{self.prompt.id}: per-token streams differ in length: {sorted(lengths)}")
+            raise ValueError(f"{self.prompt.name}: per-token streams differ in length: {sorted(lengths)}")
 
     @property
     def response_length(self) -> int:

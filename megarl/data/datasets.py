@@ -1,7 +1,9 @@
-"""Rows of JSONL and parquet files, and the prompts they hold.
+"""Rows of JSONL, JSON and parquet files, and the prompts and conversations they hold.
 
 A row is ``{"prompt": str | [messages], "images": [...], "videos": [...], "answer": ...}`` under the keys that
-``DataConfig`` names. An image is a path (relative to the file), encoded bytes, or ``{"bytes": ..., "path": ...}``;
+``DataConfig`` names. A message is ``{"role": ..., "content": ...}`` or LLaVA's ``{"from": ..., "value": ...}``. An
+image is a path (relative to ``data.media_folder``, or the file), a ``data:`` URL, encoded bytes, or
+``{"bytes": ..., "path": ...}``; the parts of a message may name theirs, as OpenAI's and Hugging Face's do;
 ``<image>`` in a text is its place. So is a video, ``<video>``, which may also be a list of images, its frames, or
 ``{"video": path or list, "fps": ...}``; ``fps`` is the rate of a list, without it ``data.video_fps``. verl's rows are
 rows: ``reward_model.ground_truth`` stands in for a missing answer, and ``data_source`` and
@@ -10,6 +12,7 @@ rows: ``reward_model.ground_truth`` stands in for a missing answer, and ``data_s
 
 from __future__ import annotations
 
+import base64
 import difflib
 import json
 import re
@@ -23,6 +26,10 @@ from megarl.types import Message, Prompt
 
 PLACEHOLDERS = {"<image>": "image", "<video>": "video"}
 _PLACES = re.compile("|".join(PLACEHOLDERS))
+_ROLES = {"system": "system", "human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant"}  # LLaVA's
+_NEWLINES = re.compile(rf"\n*({'|'.join(PLACEHOLDERS)})\n*")
+_URL = re.compile(r"data:|https?://")
+_MESSAGE_KEYS = ("messages", "conversations")  # where others keep their conversations
 
 
 @dataclass(frozen=True)
@@ -30,12 +37,15 @@ class Row:
     """One row of a file."""
 
     values: dict[str, Any]
-    where: str  # "file:line", for errors
+    where: str  # "file:line", of a JSON list "file[index]", for errors
     folder: Path  # that relative paths of images start from
 
     def get(self, key: str, option: str) -> Any:
         """``values[key]``; ``option`` is the configuration's name for it, or the key itself. Raises ``ValueError``."""
         if key not in self.values:
+            near = [name for name in _MESSAGE_KEYS if option == "data.prompt_key" and name in self.values]
+            if near:
+                raise ValueError(f"{self.where}: no key {key!r}, but {near[0]!r}: say {option}={near[0]}")
             near = difflib.get_close_matches(key, self.values, n=1)
             hint = f"; did you mean {near[0]!r}?" if near else f" among {', '.join(self.values)}"
             raise ValueError(f"{self.where}: no key {key!r} ({option}){hint}")
@@ -44,10 +54,11 @@ class Row:
     def prompt(self, id: str, task: str, data: DataConfig) -> Prompt:
         """The row as a prompt; columns that ``data`` does not name go to ``metadata``. Errors name file:line."""
         self._check_keys(data)
-        images = [self._image(image, name, data) for image, name in self._list(data.image_key)]
-        videos = [self._video(video, name, data) for video, name in self._list(data.video_key)]
+        messages = self._messages(data.prompt_key)
+        images = [self._image(image, name, data) for image, name in self._media(messages, "image", data.image_key)]
+        videos = [self._video(video, name, data) for video, name in self._media(messages, "video", data.video_key)]
         media = {"image": (len(images), data.image_key), "video": (len(videos), data.video_key)}
-        messages = _place(self._messages(data.prompt_key), media, self.where)
+        messages = _place(messages, media, self.where)
         taken = (data.prompt_key, data.image_key, data.video_key, data.answer_key, data.target_key)
         return Prompt(
             id=id,
@@ -57,6 +68,7 @@ class Row:
             videos=videos,
             answer=self._answer(data.answer_key),
             target=self._target(data.target_key),
+            where=self.where,
             metadata={key: value for key, value in self.values.items() if key not in taken},
         )
 
@@ -94,20 +106,52 @@ class Row:
             return [{"role": "user", "content": prompt}]
         if not isinstance(prompt, list) or not prompt:
             raise ValueError(f"{self.where}: {key!r} is neither a text nor a list of messages")
+        if all(isinstance(message, dict) and {"from", "value"} <= message.keys() for message in prompt):
+            return [self._from_llava(message, f"{key}[{number}]") for number, message in enumerate(prompt)]
+        messages = []
         for number, message in enumerate(prompt):
             if not isinstance(message, dict) or not {"role", "content"} <= message.keys():
                 raise ValueError(f"{self.where}: {key}[{number}] is not a message with role and content")
-            if not isinstance(message["content"], str | list):
-                raise ValueError(f"{self.where}: {key}[{number}].content is neither a text nor a list of parts")
-            for place, part in enumerate(message["content"] if isinstance(message["content"], list) else []):
-                kind = part.get("type") if isinstance(part, dict) else None
-                known = kind in PLACEHOLDERS.values() or (kind == "text" and isinstance(part.get("text"), str))
-                if not known:
-                    raise ValueError(
-                        f"{self.where}: {key}[{number}].content[{place}] is neither "
-                        '{"type": "text", "text": ...} nor {"type": "image"} nor {"type": "video"}'
-                    )
-        return prompt
+            content, name = message["content"], f"{key}[{number}].content"
+            if not isinstance(content, str | list):
+                raise ValueError(f"{self.where}: {name} is neither a text nor a list of parts")
+            if isinstance(content, list):
+                content = [self._part(part, f"{name}[{place}]") for place, part in enumerate(content)]
+            messages.append({**message, "content": content})
+        return messages
+
+    def _part(self, part: Any, name: str) -> dict[str, Any]:
+        """A part of a message: a text, or a medium, with its ``source`` where it names one."""
+        kind = part.get("type") if isinstance(part, dict) else None
+        if kind == "text" and isinstance(part.get("text"), str):
+            return {"type": "text", "text": part["text"]}
+        if kind == "image_url" and isinstance(part.get("image_url"), dict) and part["image_url"].get("url"):
+            return {"type": "image", "source": part["image_url"]["url"]}
+        if kind not in PLACEHOLDERS.values():
+            raise ValueError(
+                f"{self.where}: {name} is neither "
+                '{"type": "text", "text": ...} nor {"type": "image"} nor {"type": "video"}'
+            )
+        sources = [part[key] for key in (kind, "path", "url") if part.get(key) is not None]
+        return {"type": kind, "source": sources[0]} if sources else {"type": kind}
+
+    def _from_llava(self, message: dict[str, Any], name: str) -> Message:
+        """LLaVA's message in the usual form; the line breaks around its images are the chat template's business."""
+        if message["from"] not in _ROLES:
+            raise ValueError(f"{self.where}: {name}.from={message['from']!r} is not one of {', '.join(_ROLES)}")
+        if not isinstance(message["value"], str):
+            raise ValueError(f"{self.where}: {name}.value is {type(message['value']).__name__}, no text")
+        return {"role": _ROLES[message["from"]], "content": _NEWLINES.sub(r"\1", message["value"])}
+
+    def _media(self, messages: list[Message], kind: str, key: str) -> list[tuple[Any, str]]:
+        """The images or videos of the row with their names for errors: those that parts of messages name, or those
+        under ``key``."""
+        parts = [part for message in messages if isinstance(message["content"], list) for part in message["content"]]
+        named = [part["source"] for part in parts if part["type"] == kind and "source" in part]
+        listed = self._list(key)
+        if named and listed:
+            raise ValueError(f"{self.where}: {kind}s under {key!r} and in the messages too")
+        return [(source, f"{kind} {number} of the messages") for number, source in enumerate(named)] or listed
 
     def _list(self, key: str) -> list[tuple[Any, str]]:
         """The entries under ``key``, none where it is missing, with their names for errors."""
@@ -124,7 +168,9 @@ class Row:
             return image
         if not isinstance(image, str):
             raise ValueError(f"{self.where}: {name} is {type(image).__name__}, neither a path nor bytes")
-        path = self.folder / image
+        if _URL.match(image):
+            return self._inline(image, name)
+        path = Path(data.media_folder or self.folder) / image
         try:
             if path.stat().st_size > data.max_media_bytes:
                 raise ValueError(
@@ -133,6 +179,16 @@ class Row:
             return path.read_bytes()
         except OSError as error:
             raise ValueError(f"{self.where}: {name}: cannot read {path}: {error.strerror}") from error
+
+    def _inline(self, url: str, name: str) -> bytes:
+        """What a ``data:`` URL holds; nothing is fetched from elsewhere."""
+        head, _, data = url.partition(",")
+        if not (head.startswith("data:") and head.endswith(";base64")):
+            raise ValueError(f"{self.where}: {name}: {url[:60]} is not a file: download it, and name its path")
+        try:
+            return base64.b64decode(data, validate=True)
+        except ValueError as error:
+            raise ValueError(f"{self.where}: {name}: {error}") from error
 
     def _video(self, video: Any, name: str, data: DataConfig) -> bytes:
         fps = data.video_fps
@@ -184,11 +240,11 @@ def _parts(content: str | list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 def read_rows(paths: list[str] | list[Path]) -> list[Row]:
     """All rows of ``paths`` in order. Raises ``FileNotFoundError`` or ``ValueError`` naming the file and line."""
-    readers = {".jsonl": _read_jsonl, ".parquet": _read_parquet}
+    readers = {".jsonl": _read_jsonl, ".json": _read_json, ".parquet": _read_parquet}
     rows: list[Row] = []
     for path in map(Path, paths):
         if path.suffix not in readers:
-            raise ValueError(f"{path}: data files end in {' or '.join(readers)}")
+            raise ValueError(f"{path}: data files end in {', '.join(readers)}")
         if not path.is_file():
             raise FileNotFoundError(f"{path}: no such data file")
         rows += readers[path.suffix](path)
@@ -205,10 +261,25 @@ def _read_jsonl(path: Path) -> list[Row]:
                 values = json.loads(line)
             except (ValueError, RecursionError) as error:  # also bytes that are not UTF-8
                 raise ValueError(f"{path}:{number}: not JSON: {error}") from error
-            if not isinstance(values, dict):
-                raise ValueError(f"{path}:{number}: a row is an object, not {type(values).__name__}")
-            rows.append(Row(values, f"{path}:{number}", path.parent))
+            rows.append(_row(values, f"{path}:{number}", path))
     return rows
+
+
+def _read_json(path: Path) -> list[Row]:
+    """One list of rows, as LLaVA's files are."""
+    try:
+        values = json.loads(path.read_bytes())
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path}: not JSON: {error}") from error
+    if not isinstance(values, list):
+        raise ValueError(f"{path}: a list of rows was expected, not {type(values).__name__}")
+    return [_row(row, f"{path}[{number}]", path) for number, row in enumerate(values)]
+
+
+def _row(values: Any, where: str, path: Path) -> Row:
+    if not isinstance(values, dict):
+        raise ValueError(f"{where}: a row is an object, not {type(values).__name__}")
+    return Row(values, where, path.parent)
 
 
 def _read_parquet(path: Path) -> list[Row]:

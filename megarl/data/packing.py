@@ -234,7 +234,7 @@ def assign_to_bins(samples: Sequence[Sample], packing: Packing, data_parallel_si
     for sample, length in zip(samples, lengths, strict=True):
         if length > max_tokens or sample.media.num_patches > packing.max_patches:
             raise ValueError(
-                f"{sample.prompt.id}: {length} tokens and {sample.media.num_patches} patches do not fit a "
+                f"{sample.prompt.name}: {length} tokens and {sample.media.num_patches} patches do not fit a "
                 f"microbatch of trainer.max_tokens_per_microbatch={packing.max_tokens} and "
                 f"trainer.max_patches_per_microbatch={packing.max_patches}"
             )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import zlib
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 import numpy as np
@@ -25,24 +26,38 @@ class PromptTask(Protocol):
 
 
 class Encoder(Protocol):
-    """What this module asks of a processor."""
+    """What this module asks of a processor, or of ``data.conversations``."""
 
     def lay_out(self, prompt: Prompt) -> EncodedPrompt: ...
 
     def check(self, encoded: EncodedPrompt) -> None: ...
 
 
+@dataclass(frozen=True)
+class Limit:
+    """The most tokens that may be handed out at once."""
+
+    tokens: int
+    name: str  # of what sets it, for the user
+
+
 class PromptSource:
     """Training prompts of ``tasks`` (name -> task, weight) in an order that depends on ``seed`` and counters alone.
 
     Finite tasks are shuffled anew every epoch (``data.shuffle``); endless ones start at a place of their seed. Prompts
-    longer than ``data.max_prompt_length`` are dropped and counted, never cut; after the first epoch they are not read
+    longer than ``limit`` are dropped and counted, never cut; after the first epoch they are not read
     again. The mixture keeps every task's share of
     the prompts handed out within one of its weight's share.
     """
 
     def __init__(
-        self, tasks: dict[str, tuple[PromptTask, float]], processor: Encoder, data: DataConfig, *, seed: int = 0
+        self,
+        tasks: dict[str, tuple[PromptTask, float]],
+        processor: Encoder,
+        data: DataConfig,
+        *,
+        limit: Limit,
+        seed: int = 0,
     ) -> None:
         for name, (_, weight) in tasks.items():
             if weight < 0:
@@ -52,7 +67,7 @@ class PromptSource:
             raise ValueError("no task has a positive weight")
         self.tasks = {name: task for name, (task, weight) in tasks.items() if weight > 0}
         self.shares = {name: weight / total for name, (_, weight) in tasks.items() if weight > 0}
-        self.processor, self.data, self.seed = processor, data, seed
+        self.processor, self.data, self.limit, self.seed = processor, data, limit, seed
         self.sizes = {name: task.num_prompts("train") for name, task in self.tasks.items()}
         for name, size in self.sizes.items():
             if size == 0:
@@ -75,7 +90,7 @@ class PromptSource:
         return max(self.tasks, key=lambda name: self.shares[name] * total - kept[name])
 
     def _next_of(self, name: str) -> EncodedPrompt:
-        limit, patience = self.data.max_prompt_length, self.sizes[name] or _PATIENCE
+        limit, patience = self.limit, self.sizes[name] or _PATIENCE
         for _ in range(patience):
             index = self._index(name)
             self.drawn[name] += 1
@@ -84,7 +99,7 @@ class PromptSource:
                 continue
             # headers of images are enough to see that a prompt is too long
             encoded = self.processor.lay_out(self.tasks[name].prompt("train", index))
-            if len(encoded.tokens) <= limit:
+            if len(encoded.tokens) <= limit.tokens:
                 self.processor.check(encoded)
                 return encoded
             self.dropped[name] += 1
@@ -92,12 +107,13 @@ class PromptSource:
                 self._overlong[name].add(index)
             logger.log(
                 logging.WARNING if self.dropped[name] == 1 else logging.DEBUG,
-                "%s: dropped: %d tokens are more than data.max_prompt_length=%d (further ones are only counted)",
-                encoded.prompt.id,
+                "%s: dropped: %d tokens are more than %s=%d (further ones are only counted)",
+                encoded.prompt.name,
                 len(encoded.tokens),
-                limit,
+                limit.name,
+                limit.tokens,
             )
-        raise ValueError(f"task {name!r}: {patience} prompts in a row are longer than data.max_prompt_length={limit}")
+        raise ValueError(f"task {name!r}: {patience} prompts in a row are longer than {limit.name}={limit.tokens}")
 
     def _index(self, name: str) -> int:
         position, size = self.drawn[name], self.sizes[name]

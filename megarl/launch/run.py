@@ -12,7 +12,7 @@ from megarl.eval.score import score_file
 from megarl.launch.cluster import cluster
 from megarl.trainer.pipelined import PipelinedTrainer
 from megarl.trainer.rl import RLTrainer
-from megarl.trainer.run import Run, check
+from megarl.trainer.run import Run, check, with_num_steps
 from megarl.trainer.sft import SFTTrainer
 from megarl.workers.group import WorkerError
 
@@ -29,6 +29,7 @@ def sft(config: RunConfig) -> int:
 
 def _fit(trainer_class: type[RLTrainer] | type[SFTTrainer], config: RunConfig) -> int:
     check(config)
+    config = with_num_steps(config)
     run = Run(config)
     with cluster(), run:
         trainer = trainer_class(config, run)

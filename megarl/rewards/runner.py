@@ -111,9 +111,9 @@ class RewardRunner:
         if self._closed:
             raise RuntimeError("the reward runner is closed")
         if prompt.task not in self.functions:
-            raise ValueError(f"{prompt.id}: no reward for task {prompt.task!r}")
+            raise ValueError(f"{prompt.name}: no reward for task {prompt.task!r}")
         call = Call(next(self._ids), prompt.task, pickle.dumps((prompt, response)))
-        job = _Job(call, prompt.id, Future())
+        job = _Job(call, prompt.name, Future())
         self._jobs.put((1, job.call.id, job))
         return job.future
 

@@ -1,4 +1,4 @@
-"""Prompts from files: JSONL or parquet, megarl's rows or verl's."""
+"""Prompts and conversations from files: JSONL, JSON or parquet; megarl's rows, verl's, LLaVA's or OpenAI's."""
 
 from __future__ import annotations
 

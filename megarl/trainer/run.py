@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import fcntl
+import math
 import os
 import signal
 import sys
@@ -14,6 +15,7 @@ import traceback
 from collections import defaultdict
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from types import FrameType
 from typing import Any, TextIO
@@ -25,8 +27,7 @@ from megarl.algorithms.checks import check_algorithm
 from megarl.checkpoint import megatron as checkpoints
 from megarl.checkpoint.huggingface import read_config
 from megarl.config import RunConfig
-from megarl.data.processors import Processor
-from megarl.data.source import PromptSource
+from megarl.data.source import Encoder, Limit, PromptSource
 from megarl.experiment import to_yaml
 from megarl.models.family import family_of
 from megarl.observability.console import Console
@@ -79,10 +80,29 @@ def _check_critic(config: RunConfig, policy: PretrainedConfig) -> None:
             raise ValueError(f"critic.path={config.critic.path}: its {name} is {theirs}, the policy's {ours}")
 
 
-def prompt_source(config: RunConfig, tasks: dict[str, Task], processor: Processor) -> PromptSource:
-    """The training prompts of ``tasks``, mixed by weight."""
+def with_num_steps(config: RunConfig) -> RunConfig:
+    """``config`` with the ``trainer.num_steps`` that ``trainer.num_epochs`` comes to; ``ValueError`` without an end."""
+    epochs = config.trainer.num_epochs
+    if not epochs:
+        return config
+    num_rows = 0
+    for name, task in build_tasks(config).items():
+        if config.tasks[name].weight > 0:
+            size = task.num_prompts("train")
+            if size is None:
+                raise ValueError(f"trainer.num_epochs={epochs}: task {name!r} has no end; set trainer.num_steps")
+            num_rows += size
+    num_steps = math.ceil(epochs * num_rows / config.data.prompts_per_step)
+    return replace(config, trainer=replace(config.trainer, num_steps=num_steps))
+
+
+def prompt_source(
+    config: RunConfig, tasks: dict[str, Task], encoder: Encoder, limit: Limit | None = None
+) -> PromptSource:
+    """The training prompts of ``tasks``, mixed by weight; ``limit``: other than ``data.max_prompt_length``."""
     weighted = {name: (task, config.tasks[name].weight) for name, task in tasks.items()}
-    return PromptSource(weighted, processor, config.data, seed=config.seed)
+    limit = limit or Limit(config.data.max_prompt_length, "data.max_prompt_length")
+    return PromptSource(weighted, encoder, config.data, limit=limit, seed=config.seed)
 
 
 class Run:

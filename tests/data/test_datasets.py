@@ -1,3 +1,4 @@
+import base64
 import json
 from io import BytesIO
 
@@ -133,6 +134,40 @@ def test_parquet_with_parts_drops_the_absent_fields_of_a_struct(tmp_path):
     assert prompt_of(path).messages == [{"role": "user", "content": content}]
 
 
+def test_llavas_rows(tmp_path):
+    """A JSON list; a folder of images beside; line breaks around images are the template's."""
+    (tmp_path / "img").mkdir()
+    (tmp_path / "img" / "a.png").write_bytes(b"A")
+    turns = [
+        ("system", "S"),
+        ("human", "<image>\nWhat?"),
+        ("gpt", "A\ndog."),
+        ("human", "Why?\n<image>"),
+        ("gpt", "So."),
+    ]
+    row = {"id": "7", "image": ["a.png", "a.png"], "conversations": [{"from": a, "value": b} for a, b in turns]}
+    (tmp_path / "t.json").write_text(json.dumps([{"conversations": []}, row]))
+    data = {"prompt_key": "conversations", "image_key": "image", "media_folder": str(tmp_path / "img")}
+    prompt = prompt_of(tmp_path / "t.json", 1, **data)
+    assert [message["role"] for message in prompt.messages] == ["system", "user", "assistant", "user", "assistant"]
+    assert prompt.messages[1]["content"] == [IMAGE, {"type": "text", "text": "What?"}]
+    assert prompt.messages[2]["content"] == [{"type": "text", "text": "A\ndog."}]
+    assert prompt.messages[3]["content"] == [{"type": "text", "text": "Why?"}, IMAGE]
+    assert (prompt.images, prompt.where, prompt.metadata) == ([b"A"] * 2, f"{tmp_path}/t.json[1]", {"id": "7"})
+
+
+def test_messages_may_name_their_images(tmp_path):
+    """OpenAI's and Hugging Face's."""
+    (tmp_path / "a.png").write_bytes(b"A")
+    url = "data:image/png;base64," + base64.b64encode(b"B").decode()
+    parts = [{"type": "image", "image": "a.png"}, {"type": "image_url", "image_url": {"url": url}}]
+    parts += [{"type": "text", "text": "?"}, {"type": "image", "path": "a.png"}]
+    messages = [{"role": "user", "content": parts}, {"role": "assistant", "content": "So."}]
+    prompt = prompt_of(write(tmp_path / "t.jsonl", {"messages": messages}), prompt_key="messages")
+    assert prompt.messages[0]["content"] == [IMAGE, IMAGE, {"type": "text", "text": "?"}, IMAGE]
+    assert prompt.images == [b"A", b"B", b"A"]
+
+
 def test_a_placeholder_inside_a_part_is_a_place(tmp_path):
     (tmp_path / "x.png").write_bytes(b"X")
     content = [{"type": "text", "text": "left <image> right"}]
@@ -160,6 +195,18 @@ def test_files_are_read_in_order_and_blank_lines_skipped(tmp_path):
         ({"prompt": "?", "images": [3]}, r"t.jsonl:1: images\[0\] is int, neither a path nor bytes"),
         ({"prompt": "<image><image>?", "images": ["t.jsonl"]}, "2 image placeholders for 1 images in 'images'"),
         ({"prompt": "<image>?"}, "1 image placeholders for 0 images"),
+        ({"messages": []}, r"t.jsonl:1: no key 'prompt', but 'messages': say data.prompt_key=messages"),
+        ({"prompt": [{"from": "bot", "value": "?"}]}, r"prompt\[0\].from='bot' is not one of system, human, user, gpt"),
+        ({"prompt": [{"from": "gpt", "value": 3}]}, r"prompt\[0\].value is int, no text"),
+        (
+            {"prompt": [{"role": "user", "content": [{"type": "image", "image": "a"}]}], "images": ["b"]},
+            "images under 'images' and in the messages too",
+        ),
+        (
+            {"prompt": "?", "images": ["https://a.b/c.png"]},
+            r"images\[0\]: https://a.b/c.png is not a file: download it",
+        ),
+        ({"prompt": "?", "images": ["data:image/png;base64,?"]}, r"images\[0\]: "),
         ({"prompt": []}, "'prompt' is neither a text nor a list of messages"),
         ({"prompt": ["hello"]}, r"prompt\[0\] is not a message with role and content"),
         ({"prompt": [{"role": "user"}]}, r"prompt\[0\] is not a message with role and content"),
@@ -185,7 +232,7 @@ def test_bad_rows_name_file_line_and_key(tmp_path, row, message):
 def test_bad_files_are_named(tmp_path):
     with pytest.raises(FileNotFoundError, match=r"none.jsonl: no such data file"):
         read_rows([tmp_path / "none.jsonl"])
-    with pytest.raises(ValueError, match=r"data.csv: data files end in .jsonl or .parquet"):
+    with pytest.raises(ValueError, match=r"data.csv: data files end in .jsonl, .json, .parquet"):
         read_rows([tmp_path / "data.csv"])
     (tmp_path / "bad.jsonl").write_text('{"prompt": "1"}\n{"prompt": \n')
     with pytest.raises(ValueError, match=r"bad.jsonl:2: not JSON"):
@@ -196,6 +243,12 @@ def test_bad_files_are_named(tmp_path):
     (tmp_path / "list.jsonl").write_text("[1]\n")
     with pytest.raises(ValueError, match=r"list.jsonl:1: a row is an object, not list"):
         read_rows([tmp_path / "list.jsonl"])
+    (tmp_path / "one.json").write_text("{}")
+    with pytest.raises(ValueError, match=r"one.json: a list of rows was expected, not dict"):
+        read_rows([tmp_path / "one.json"])
+    (tmp_path / "words.json").write_text('["a"]')
+    with pytest.raises(ValueError, match=r"words.json\[0\]: a row is an object, not str"):
+        read_rows([tmp_path / "words.json"])
     (tmp_path / "bad.parquet").write_bytes(b"PAR1 no")
     with pytest.raises(ValueError, match=r"bad.parquet: not a parquet file"):
         read_rows([tmp_path / "bad.parquet"])

@@ -6,9 +6,11 @@ import numpy as np
 import pytest
 
 from megarl.config import DataConfig
-from megarl.data.source import PromptSource
+from megarl.data.source import Limit, PromptSource
 from megarl.tasks.digits import Digits
 from megarl.types import EncodedPrompt, Media, Prompt
+
+LIMIT = Limit(10, "data.max_prompt_length")
 
 
 class Numbers:
@@ -39,7 +41,7 @@ class Counting:
 
 def source(*tasks, seed=0, **data):
     mixture = {task.name: (task, weight) for task, weight in tasks}
-    return PromptSource(mixture, Counting(), DataConfig(max_prompt_length=10, **data), seed=seed)
+    return PromptSource(mixture, Counting(), DataConfig(**data), limit=LIMIT, seed=seed)
 
 
 def ids(prompts):
@@ -87,7 +89,13 @@ def test_resume_equals_no_stop(stop):
 
 def test_the_source_of_real_digits_resumes(processor):
     def make():
-        return PromptSource({"d": (Digits("d", DataConfig()), 1.0)}, processor, DataConfig(), seed=3)
+        return PromptSource(
+            {"d": (Digits("d", DataConfig()), 1.0)},
+            processor,
+            DataConfig(),
+            limit=Limit(1000, "data.max_prompt_length"),
+            seed=3,
+        )
 
     expected = make().next(6)
     first = make()

@@ -8,11 +8,13 @@ import re
 import threading
 from abc import ABC, abstractmethod
 from collections import OrderedDict
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from jinja2 import TemplateError
 
 from megarl.config import DataConfig
 from megarl.data.images import check_image, image_size
@@ -104,7 +106,7 @@ class Processor(ABC):
         """What SGLang takes as ``video_data`` for the videos among ``media``."""
         return []
 
-    def write_times(self, text: str, headers: list[Header]) -> str:
+    def write_times(self, text: str, headers: Sequence[Header]) -> str:
         """The rendered ``text`` with what a model wants to read about its videos, placeholders kept."""
         return text
 
@@ -145,23 +147,29 @@ class Processor(ABC):
         ``ValueError`` that names the prompt, and the medium, when a header is bad or too large or the placeholders do
         not match.
         """
-        media, headers = self._media(prompt)
-        text = self.write_times(self.render(prompt), headers)
-        ids = np.asarray(self._tokenize(text), np.int32)
+        media, headers = self.read_media(prompt)
+        ids = np.asarray(self.tokenize(self.render(prompt, headers)), np.int32)
+        return EncodedPrompt(prompt=prompt, tokens=np.repeat(ids, self.repeats(prompt, ids, media)), media=media)
+
+    def repeats(self, prompt: Prompt, ids: np.ndarray, media: Media) -> np.ndarray:
+        """[L] int64: how many tokens each of the ``ids`` [L] of a rendered prompt becomes, more than one for a medium.
+
+        Raises ``ValueError`` that names the prompt when placeholders and ``media`` do not match.
+        """
         places = (ids[:, None] == self.media_token_ids).any(1)
         found = ids[places]
         wanted, counts = self.placeholders(media)
         for token, kind in zip(self.media_token_ids, ("image", "video"), strict=False):
             there, shown = int((found == token).sum()), int((wanted == token).sum())
             if there != shown:
-                raise ValueError(f"{prompt.id}: {there} {kind} placeholders for {shown} {kind}s")
+                raise ValueError(f"{prompt.name}: {there} {kind} placeholders for {shown} {kind}s")
         if (found != wanted).any():
-            raise ValueError(f"{prompt.id}: the chat template changes the order of images and videos")
+            raise ValueError(f"{prompt.name}: the chat template changes the order of images and videos")
         repeats = np.ones(len(ids), np.int64)
         repeats[places] = counts
-        return EncodedPrompt(prompt=prompt, tokens=np.repeat(ids, repeats), media=media)
+        return repeats
 
-    def _tokenize(self, text: str) -> list[int]:
+    def tokenize(self, text: str) -> list[int]:
         """Ids of a rendered prompt; the tokenizer begins it with its bos where the template does not."""
         bos = self.tokenizer.bos_token
         return self.tokenizer.encode(text, add_special_tokens=not (bos and text.startswith(bos)))
@@ -175,16 +183,18 @@ class Processor(ABC):
             try:
                 check_image(data, self.limits.image_pixels)
             except ValueError as error:
-                raise ValueError(f"{encoded.prompt.id}: image {index}: {error}") from error
+                raise ValueError(f"{encoded.prompt.name}: image {index}: {error}") from error
 
-    def _media(self, prompt: Prompt) -> tuple[Media, list[Header]]:
+    def read_media(self, prompt: Prompt) -> tuple[Media, list[Header]]:
         """Images and videos in the order of the messages, and the videos' headers."""
         lists = [message["content"] for message in prompt.messages if not isinstance(message["content"], str)]
         order = [part["type"] for parts in lists for part in parts if part["type"] in ("image", "video")]
         files = {"image": prompt.images, "video": prompt.videos}
         for kind in files:
             if order.count(kind) != len(files[kind]):
-                raise ValueError(f"{prompt.id}: {order.count(kind)} {kind} placeholders for {len(files[kind])} {kind}s")
+                raise ValueError(
+                    f"{prompt.name}: {order.count(kind)} {kind} placeholders for {len(files[kind])} {kind}s"
+                )
         images, grids, sizes, seconds, headers = [], [], [], [], []
         files = {kind: iter(enumerate(media)) for kind, media in files.items()}
         for kind in order:
@@ -202,7 +212,7 @@ class Processor(ABC):
                     size = (header.height, header.width)
                     grid, apart = self.video_grid(header)
             except ValueError as error:
-                raise ValueError(f"{prompt.id}: {kind} {number}: {error}") from error
+                raise ValueError(f"{prompt.name}: {kind} {number}: {error}") from error
             images.append(data)
             grids.append(grid)
             sizes.append(size)
@@ -215,14 +225,21 @@ class Processor(ABC):
         )
         return media, headers
 
-    def render(self, prompt: Prompt) -> str:
-        """The prompt's text as the chat template writes it, one placeholder an image."""
+    def render(self, prompt: Prompt, headers: Sequence[Header] = ()) -> str:
+        """The prompt's text as the chat template writes it, one placeholder an image; ``headers``: of its videos."""
         if not prompt.messages:
-            raise ValueError(f"{prompt.id}: no messages")
+            raise ValueError(f"{prompt.name}: no messages")
         continued = prompt.messages[-1]["role"] == "assistant"
-        return self.tokenizer.apply_chat_template(
-            prompt.messages, tokenize=False, add_generation_prompt=not continued, continue_final_message=continued
-        )
+        text = self.apply_template(prompt, add_generation_prompt=not continued, continue_final_message=continued)
+        return self.write_times(text, headers)
+
+    def apply_template(self, prompt: Prompt, **options: bool) -> str:
+        """The chat template's text of the prompt's messages. Raises ``ValueError`` that names the prompt if it will
+        not write them."""
+        try:
+            return self.tokenizer.apply_chat_template(prompt.messages, tokenize=False, **options)
+        except (TemplateError, TypeError, ValueError) as error:
+            raise ValueError(f"{prompt.name}: the chat template does not take these messages: {error}") from error
 
     def pixel_values(self, media: Media) -> torch.Tensor:
         """[P, E] float32: the patches of all images and videos of ``media``; [0, E] where there are none."""

@@ -3,6 +3,7 @@ rotary positions."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any, ClassVar
@@ -227,13 +228,13 @@ class Qwen3VLProcessor(QwenVLProcessor):
             max_pixels=size["longest_edge"],
         )
 
-    def write_times(self, text: str, headers: list[Header]) -> str:
+    def write_times(self, text: str, headers: Sequence[Header]) -> str:
         convert = self.tokenizer.convert_ids_to_tokens
         start, end = convert(self.config.vision_start_token_id), convert(self.config.vision_end_token_id)
         pad = convert(self.video_token_id)
         first, *rest = text.split(pad)
         if len(rest) != len(headers):
-            return text  # lay_out says what is wrong
+            return text  # repeats says what is wrong
         for header, behind in zip(headers, rest, strict=True):
             times = np.array(self.frame_indices(header)) / header.fps
             times = np.pad(times, (0, -len(times) % self.temporal_patch_size), mode="edge")
