@@ -193,6 +193,9 @@ class DataConfig:
     max_prompt_length: int = 1024  # tokens, images included; longer prompts are dropped and counted
     # the same of a prompt with its response, or a conversation, in supervised training; 0: what a microbatch can hold
     max_length: int = 0
+    filter_overlong_prompts: bool = (
+        True  # before the first step, the lengths kept for the next start; False: when drawn
+    )
     max_image_pixels: int = 64_000_000  # a larger image or frame is refused before it is decoded
     max_video_pixels: int = 64_000_000_000  # a video with more in all its frames is refused before it is decoded
     max_media_bytes: int = 256 << 20  # a larger file of an image or a video is refused

@@ -15,7 +15,7 @@ import numpy as np
 
 from megarl.data.processors.base import Processor
 from megarl.data.videos import Header
-from megarl.types import EncodedPrompt, Message, Prompt
+from megarl.types import EncodedPrompt, Media, Message, Prompt
 
 logger = logging.getLogger(__name__)
 
@@ -49,8 +49,46 @@ class Conversations:
         With a target, that alone is trained, and stands behind the prompt token for token as a policy would have
         sampled it. Raises ``ValueError`` that names the row.
         """
+        (encoded,) = self._lay_out([prompt])
+        return encoded
+
+    def lengths(self, prompts: Sequence[Prompt]) -> list[int]:
+        """How many tokens ``lay_out`` makes of each of ``prompts``, whose texts are tokenized together."""
+        return [len(encoded.tokens) for encoded in self._lay_out(prompts)]
+
+    def _lay_out(self, prompts: Sequence[Prompt]) -> list[EncodedPrompt]:
+        rows = [self._read(prompt) for prompt in prompts]
+        texts = [self._texts(turns) for _, _, turns in rows]
+        first = iter(self.processor.tokenize([beginning for beginning, _ in texts]))
+        rest = iter(self.processor.tokenize_words([text for _, answers in texts for text in answers]))
+        return [
+            self._join(prompt, media, turns, next(first), [next(rest) for _ in turns]) for prompt, media, turns in rows
+        ]
+
+    def _join(
+        self, prompt: Prompt, media: Media, turns: list[_Turn], first: np.ndarray, rest: list[np.ndarray]
+    ) -> EncodedPrompt:
+        """The tokens of ``_texts`` as one row: in each of ``rest`` the words come first, up to their end."""
+        masks = [np.zeros(len(first), bool)]
+        for turn, ids in zip(turns, rest, strict=True):
+            stops = np.flatnonzero(np.isin(ids, self.processor.eos_token_ids))
+            masks.append(np.arange(len(ids)) <= stops[len(self._any_end.findall(turn.words)) - 1])
+        ids, mask = np.concatenate([first, *rest]), np.concatenate(masks)
+        if np.isin(ids[mask], self.processor.media_token_ids).any():
+            raise ValueError(f"{prompt.name}: an assistant's turn shows an image or a video, which no policy can")
+        repeats = self.processor.repeats(prompt, ids, media)
+        return EncodedPrompt(prompt, np.repeat(ids, repeats), media, np.repeat(mask, repeats))
+
+    def _texts(self, turns: list[_Turn]) -> tuple[str, list[str]]:
+        """What is tokenized by itself: the text is cut where a turn begins, as it is when a policy answers, and nowhere
+        else."""
+        behind = [*(turn.context for turn in turns[1:]), ""]
+        return turns[0].context, [turn.words + context for turn, context in zip(turns, behind, strict=True)]
+
+    def _read(self, prompt: Prompt) -> tuple[Prompt, Media, list[_Turn]]:
+        """The prompt up to the last answer, its media, and its answers with what comes before each."""
         if prompt.target is not None:
-            return self._with_target(prompt)
+            return self._read_target(prompt)
         answered = [number for number, message in enumerate(prompt.messages) if message["role"] == "assistant"]
         if not answered:
             raise ValueError(
@@ -61,19 +99,13 @@ class Conversations:
             raise ValueError(f"{prompt.name}: its first message is the assistant's, which nothing asks for")
         prompt = _until(prompt, answered[-1] + 1)
         media, headers = self.processor.read_media(prompt)
-        ids, mask = self._tokenize(self._turns(prompt, answered, headers))
-        if np.isin(ids[mask], self.processor.media_token_ids).any():
-            raise ValueError(f"{prompt.name}: an assistant's turn shows an image or a video, which no policy can")
-        repeats = self.processor.repeats(prompt, ids, media)
-        return EncodedPrompt(prompt, np.repeat(ids, repeats), media, np.repeat(mask, repeats))
+        return prompt, media, self._turns(prompt, answered, headers)
 
-    def _with_target(self, prompt: Prompt) -> EncodedPrompt:
+    def _read_target(self, prompt: Prompt) -> tuple[Prompt, Media, list[_Turn]]:
         if not isinstance(prompt.target, str):
             raise ValueError(f"{prompt.name}: its target (data.target_key) is {type(prompt.target).__name__}, no text")
-        encoded = self.processor.lay_out(prompt)
-        response = self.processor.encode_response(prompt.target)
-        tokens = np.concatenate([encoded.tokens, response]).astype(np.int32)
-        return replace(encoded, tokens=tokens, loss_mask=np.arange(len(tokens)) >= len(encoded.tokens))
+        media, headers = self.processor.read_media(prompt)
+        return prompt, media, [_Turn(self.processor.render(prompt, headers), prompt.target + self.ends[0])]
 
     def _turns(self, prompt: Prompt, answered: list[int], headers: Sequence[Header]) -> list[_Turn]:
         """What the chat template writes before and in each of the ``answered`` messages."""
@@ -93,7 +125,7 @@ class Conversations:
                     f"message {number}, the assistant's, so: make it a row an answer, with a prompt and a target"
                 )
             words, rest = self._cut(after[len(before) :])
-            turns.append(_Turn(before[len(written) :], words))
+            turns.append(_Turn(before[len(written) :], words.removeprefix(" ") if self._adds_space else words))
             written = after[: len(after) - len(rest)]
         return turns
 
@@ -117,23 +149,6 @@ class Conversations:
             )
         words = text.rstrip()
         return words + self.ends[0], text[len(words) :]
-
-    def _tokenize(self, turns: list[_Turn]) -> tuple[np.ndarray, np.ndarray]:
-        """[L] int32 and [L] bool: ids of the turns, media not yet expanded, and which of them are the assistant's.
-
-        The text is cut where a turn begins, as it is when a policy answers, and nowhere else.
-        """
-        ids = [np.asarray(self.processor.tokenize(turns[0].context), np.int32)]
-        masks = [np.zeros(len(ids[0]), bool)]
-        for turn, behind in zip(turns, [turn.context for turn in turns[1:]] + [""], strict=True):
-            text = turn.words + behind
-            if self._adds_space:
-                text = text.removeprefix(" ")
-            ids.append(np.asarray(self.processor.tokenizer.encode(text, add_special_tokens=False), np.int32))
-            stops = np.flatnonzero(np.isin(ids[-1], self.processor.eos_token_ids))
-            last = stops[len(self._any_end.findall(turn.words)) - 1]
-            masks.append(np.arange(len(ids[-1])) <= last)
-        return np.concatenate(ids), np.concatenate(masks)
 
 
 def _until(prompt: Prompt, stop: int) -> Prompt:

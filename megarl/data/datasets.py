@@ -17,6 +17,7 @@ import difflib
 import json
 import re
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -51,11 +52,15 @@ class Row:
             raise ValueError(f"{self.where}: no key {key!r} ({option}){hint}")
         return self.values[key]
 
-    def prompt(self, id: str, task: str, data: DataConfig) -> Prompt:
-        """The row as a prompt; columns that ``data`` does not name go to ``metadata``. Errors name file:line."""
+    def prompt(self, id: str, task: str, data: DataConfig, *, outline: bool = False) -> Prompt:
+        """The row as a prompt; columns that ``data`` does not name go to ``metadata``. Errors name file:line.
+
+        ``outline``: with paths in the place of images, which are enough to see how long it is.
+        """
         self._check_keys(data)
         messages = self._messages(data.prompt_key)
-        images = [self._image(image, name, data) for image, name in self._media(messages, "image", data.image_key)]
+        find = self._find if outline else self._image
+        images = [find(image, name, data) for image, name in self._media(messages, "image", data.image_key)]
         videos = [self._video(video, name, data) for video, name in self._media(messages, "video", data.video_key)]
         media = {"image": (len(images), data.image_key), "video": (len(videos), data.video_key)}
         messages = _place(messages, media, self.where)
@@ -80,9 +85,8 @@ class Row:
             data.answer_key: "data.answer_key",
             data.target_key: "data.target_key",
         }
-        for key in self.values:
-            for near in difflib.get_close_matches(key, [k for k in options if k not in self.values], n=1, cutoff=0.8):
-                raise ValueError(f"{self.where}: unknown key {key!r}; did you mean {near!r} ({options[near]})?")
+        if slip := _slip(tuple(self.values), tuple(options)):
+            raise ValueError(f"{self.where}: unknown key {slip[0]!r}; did you mean {slip[1]!r} ({options[slip[1]]})?")
 
     def _answer(self, key: str) -> Any:
         if key in self.values:
@@ -160,6 +164,16 @@ class Row:
         return [(value, f"{key}[{index}]") for index, value in enumerate(values)]
 
     def _image(self, image: Any, name: str, data: DataConfig) -> bytes:
+        found = self._find(image, name, data)
+        if isinstance(found, bytes):
+            return found
+        try:
+            return found.read_bytes()
+        except OSError as error:
+            raise ValueError(f"{self.where}: {name}: cannot read {found}: {error.strerror}") from error
+
+    def _find(self, image: Any, name: str, data: DataConfig) -> bytes | Path:
+        """An encoded image or video, or the file that holds it."""
         if isinstance(image, dict) and image.get("bytes") is not None:
             image = image["bytes"]
         elif isinstance(image, dict) and "path" in image:
@@ -176,7 +190,7 @@ class Row:
                 raise ValueError(
                     f"{self.where}: {name}: {path} is larger than data.max_media_bytes={data.max_media_bytes}"
                 )
-            return path.read_bytes()
+            return path
         except OSError as error:
             raise ValueError(f"{self.where}: {name}: cannot read {path}: {error.strerror}") from error
 
@@ -204,6 +218,16 @@ class Row:
         if not frames:
             raise ValueError(f"{self.where}: {name} has no frames")
         return pack_frames(frames, float(fps))
+
+
+@lru_cache(maxsize=64)
+def _slip(keys: tuple[str, ...], known: tuple[str, ...]) -> tuple[str, str] | None:
+    """The first of ``keys`` that is almost a ``known`` one that is missing, and that one."""
+    missing = [key for key in known if key not in keys]
+    for key in keys:
+        for near in difflib.get_close_matches(key, missing, n=1, cutoff=0.8):
+            return key, near
+    return None
 
 
 def _place(messages: list[Message], media: dict[str, tuple[int, str]], where: str) -> list[Message]:

@@ -8,6 +8,7 @@ Every failure is a ``ValueError`` that says what is wrong with the image; caller
 from __future__ import annotations
 
 from io import BytesIO
+from pathlib import Path
 
 import numpy as np
 from PIL import Image
@@ -24,22 +25,24 @@ _TRANSPOSES = {
 }
 
 
-def _open(data: bytes, max_pixels: int) -> tuple[Image.Image, int]:
+def _open(data: bytes | Path, max_pixels: int) -> tuple[Image.Image, int]:
     """Read the header: the image, not decoded, and its EXIF orientation (1 to 8)."""
     try:
-        image = Image.open(BytesIO(data))
+        image = Image.open(BytesIO(data) if isinstance(data, bytes) else data)
         # The base class's method: PNG's own would decode the whole image in search of a late EXIF chunk.
         orientation = Image.Image.getexif(image).get(_ORIENTATION, 1)
     except Exception as error:  # Pillow's plugins raise whatever a bad header makes them raise
-        raise ValueError(f"cannot read its header ({len(data)} bytes): {error}") from error
+        size = len(data) if isinstance(data, bytes) else data.stat().st_size
+        raise ValueError(f"cannot read its header ({size} bytes): {error}") from error
     if image.width * image.height > max_pixels:
         raise ValueError(f"{image.width} x {image.height} pixels are more than data.max_image_pixels={max_pixels}")
     return image, orientation
 
 
-def image_size(data: bytes, max_pixels: int) -> tuple[int, int]:
-    """(height, width) in pixels as the image is meant to be seen, from its header."""
+def image_size(data: bytes | Path, max_pixels: int) -> tuple[int, int]:
+    """(height, width) in pixels as the image is meant to be seen, from its header; of a file nothing else is read."""
     image, orientation = _open(data, max_pixels)
+    image.close()
     return (image.width, image.height) if orientation in (5, 6, 7, 8) else (image.height, image.width)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import zlib
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -58,7 +59,9 @@ class PromptSource:
         *,
         limit: Limit,
         seed: int = 0,
+        lengths: Mapping[str, np.ndarray] | None = None,
     ) -> None:
+        """``lengths``: tokens [size] of the prompts of tasks for which they are known before any is drawn."""
         for name, (_, weight) in tasks.items():
             if weight < 0:
                 raise ValueError(f"tasks.{name}.weight={weight} must not be negative")
@@ -74,9 +77,10 @@ class PromptSource:
                 raise ValueError(f"task {name!r} has no training prompts")
         self.drawn = dict.fromkeys(self.tasks, 0)  # prompts taken from each task, dropped ones included
         self.dropped = dict.fromkeys(self.tasks, 0)  # over-long
-        self._overlong: dict[str, set[int]] = {
-            name: set() for name in self.tasks
-        }  # indices known to be, of finite tasks
+        lengths = lengths or {}
+        self._overlong: dict[str, set[int]] = {  # indices known to be, of finite tasks
+            name: set(np.flatnonzero(lengths.get(name, np.zeros(0)) > limit.tokens).tolist()) for name in self.tasks
+        }
         self._orders: dict[str, tuple[int, np.ndarray]] = {}  # task -> (epoch, its permutation)
 
     def next(self, n: int) -> list[EncodedPrompt]:

@@ -43,3 +43,11 @@ class Dataset:
 
     def prompt(self, split: str, index: int) -> Prompt:
         return self._rows(split)[index].prompt(f"{self.name}/{split}/{index}", self.name, self.data)
+
+    def outline(self, split: str, index: int) -> Prompt:
+        """The prompt with paths in the place of images: see ``data.lengths``."""
+        return self._rows(split)[index].prompt(f"{self.name}/{split}/{index}", self.name, self.data, outline=True)
+
+    def paths(self, split: str) -> list[str]:
+        """The files of a split."""
+        return list(self.files[split])

@@ -45,7 +45,7 @@ class RLTrainer:
         self.processor = load_processor(hf_dir, config)
         self.packing = Packing.of(config, self.processor)
         self.tasks = build_tasks(config)
-        self.source = prompt_source(config, self.tasks, self.processor)
+        self.source = prompt_source(config, self.tasks, self.processor, say=run.console.message)
         if "source" in saved:
             self.source.load_state_dict(saved["source"])
         self.estimator = Estimator(config, self.workers, self.packing)

@@ -13,13 +13,14 @@ import sys
 import time
 import traceback
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from types import FrameType
 from typing import Any, TextIO
 
+import numpy as np
 import psutil
 from transformers import PretrainedConfig
 
@@ -27,7 +28,10 @@ from megarl.algorithms.checks import check_algorithm
 from megarl.checkpoint import megatron as checkpoints
 from megarl.checkpoint.huggingface import read_config
 from megarl.config import RunConfig
-from megarl.data.source import Encoder, Limit, PromptSource
+from megarl.data.conversations import Conversations
+from megarl.data.lengths import row_lengths
+from megarl.data.processors import Processor
+from megarl.data.source import Limit, PromptSource
 from megarl.experiment import to_yaml
 from megarl.models.family import family_of
 from megarl.observability.console import Console
@@ -97,12 +101,33 @@ def with_num_steps(config: RunConfig) -> RunConfig:
 
 
 def prompt_source(
-    config: RunConfig, tasks: dict[str, Task], encoder: Encoder, limit: Limit | None = None
+    config: RunConfig,
+    tasks: dict[str, Task],
+    processor: Processor,
+    *,
+    conversations: Conversations | None = None,
+    limit: Limit | None = None,
+    say: Callable[[str], None] = print,
 ) -> PromptSource:
-    """The training prompts of ``tasks``, mixed by weight; ``limit``: other than ``data.max_prompt_length``."""
+    """The training prompts of ``tasks``, mixed by weight, or for supervised training their ``conversations``.
+
+    ``limit``: other than ``data.max_prompt_length``; ``say`` is told how many rows of files are longer.
+    """
     weighted = {name: (task, config.tasks[name].weight) for name, task in tasks.items()}
     limit = limit or Limit(config.data.max_prompt_length, "data.max_prompt_length")
-    return PromptSource(weighted, encoder, config.data, limit=limit, seed=config.seed)
+    encoder, lengths = conversations or processor, {}
+    for name, (task, weight) in weighted.items():
+        if weight > 0 and config.data.filter_overlong_prompts and hasattr(task, "outline"):  # rows of files
+            start = time.monotonic()
+            lengths[name] = row_lengths(task, encoder, processor, config.data)
+            longer = np.flatnonzero(lengths[name] > limit.tokens)
+            first = f", {task.outline('train', int(longer[0])).name} the first of them" if len(longer) else ""
+            say(
+                f"task {name}: {len(longer)} of {len(lengths[name])} rows have more tokens than {limit.name}="
+                f"{limit.tokens} and are dropped{first}; the longest has {lengths[name].max(initial=0)} "
+                f"({time.monotonic() - start:.1f} s)"
+            )
+    return PromptSource(weighted, encoder, config.data, limit=limit, seed=config.seed, lengths=lengths)
 
 
 class Run:

@@ -51,7 +51,14 @@ class SFTTrainer:
         self.packing = Packing.of(config, self.processor)
         self.limit = length_limit(config, self.processor)
         tasks = build_tasks(config)
-        self.source = prompt_source(config, tasks, self.conversations, self.limit)
+        self.source = prompt_source(
+            config,
+            tasks,
+            self.processor,
+            conversations=self.conversations,
+            limit=self.limit,
+            say=run.console.message,
+        )
         if "source" in saved:
             self.source.load_state_dict(saved["source"])
         self.state: dict[str, Any] = {"source": self.source.state_dict()}

@@ -148,7 +148,7 @@ class Processor(ABC):
         not match.
         """
         media, headers = self.read_media(prompt)
-        ids = np.asarray(self.tokenize(self.render(prompt, headers)), np.int32)
+        (ids,) = self.tokenize([self.render(prompt, headers)])
         return EncodedPrompt(prompt=prompt, tokens=np.repeat(ids, self.repeats(prompt, ids, media)), media=media)
 
     def repeats(self, prompt: Prompt, ids: np.ndarray, media: Media) -> np.ndarray:
@@ -169,10 +169,34 @@ class Processor(ABC):
         repeats[places] = counts
         return repeats
 
-    def tokenize(self, text: str) -> list[int]:
-        """Ids of a rendered prompt; the tokenizer begins it with its bos where the template does not."""
-        bos = self.tokenizer.bos_token
-        return self.tokenizer.encode(text, add_special_tokens=not (bos and text.startswith(bos)))
+    def lengths(self, prompts: Sequence[Prompt]) -> list[int]:
+        """How many tokens ``lay_out`` makes of each of ``prompts``, whose texts are tokenized together."""
+        media = [self.read_media(prompt) for prompt in prompts]
+        texts = [self.render(prompt, headers) for prompt, (_, headers) in zip(prompts, media, strict=True)]
+        return [
+            int(self.repeats(prompt, ids, shown).sum())
+            for prompt, ids, (shown, _) in zip(prompts, self.tokenize(texts), media, strict=True)
+        ]
+
+    def tokenize(self, texts: Sequence[str]) -> list[np.ndarray]:
+        """[L] int32 ids of each rendered prompt; the tokenizer begins it with its bos where the template does not."""
+        bos, ids = self.tokenizer.bos_token, [np.zeros(0, np.int32)] * len(texts)
+        begun = np.array([bool(bos) and text.startswith(bos) for text in texts], bool)
+        for special in (False, True):
+            chosen = np.flatnonzero(begun != special).tolist()
+            for number, found in zip(chosen, self._encode([texts[i] for i in chosen], special), strict=True):
+                ids[number] = found
+        return ids
+
+    def tokenize_words(self, texts: Sequence[str]) -> list[np.ndarray]:
+        """[L] int32 ids of each text that goes on where another stopped."""
+        return self._encode(texts, False)
+
+    def _encode(self, texts: Sequence[str], special: bool) -> list[np.ndarray]:
+        if not texts:
+            return []
+        ids = self.tokenizer(texts, add_special_tokens=special, return_attention_mask=False)["input_ids"]
+        return [np.asarray(found, np.int32) for found in ids]
 
     def check(self, encoded: EncodedPrompt) -> None:
         """Raise ``ValueError`` that names the prompt and the image unless all its images can be decoded.
@@ -200,7 +224,7 @@ class Processor(ABC):
         for kind in order:
             number, data = next(files[kind])
             try:
-                if len(data) > self.data.max_media_bytes:
+                if isinstance(data, bytes) and len(data) > self.data.max_media_bytes:
                     raise ValueError(
                         f"{len(data)} bytes are more than data.max_media_bytes={self.data.max_media_bytes}"
                     )
