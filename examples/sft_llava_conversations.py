@@ -3,8 +3,8 @@
     python examples/sft_llava_conversations.py           # writes the rows and their images
     megarl sft examples/sft_llava_conversations.py
 
-Your own file takes the place of `train_files`; `data.media_folder` is LLaVA's `--image_folder`. Every answer of a row is
-trained, with the token that ends it; the questions are not. `model.lora.rank=16` trains adapters alone.
+Your own file takes the place of `train_files`; `data.media_folder` is LLaVA's `--image_folder`. Every answer of a row
+is trained, with the token that ends it; the questions are not. `model.lora.rank=16` trains adapters alone.
 """
 
 from __future__ import annotations

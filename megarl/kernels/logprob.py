@@ -1,4 +1,4 @@
-"""Log-probability of one token a row, and the entropy of its distribution, straight from hidden states.
+"""Log-probability and rank of one token a row, and the entropy of its distribution, straight from hidden states.
 
 The logits of N rows over V tokens are never held at once: rows go in chunks, the vocabulary may be split over
 tensor-parallel ranks, and the backward pass computes each chunk's logits again. Logits are float32 whatever the
@@ -27,8 +27,9 @@ def linear_logprob(
     banned_ids: Sequence[int] = (),
     tp_group: dist.ProcessGroup | None = None,
     chunk_size: int = 1024,
-) -> tuple[Tensor, Tensor]:
-    """Log-probs [N] of ``targets`` and entropies [N], float32, of softmax(hidden @ weight.T / temperature).
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Log-probs [N] of ``targets`` and entropies [N], float32, of softmax(hidden @ weight.T / temperature), and whether
+    no token is likelier than the target [N] bool.
 
     hidden: [N, H]; weight: [V_local, H], this rank's rows; targets: [N] int64. The softmax runs over tokens below
     ``vocab_size`` (rows of ``weight`` beyond are padding) that are not in ``banned_ids``; a banned target has log-prob
@@ -48,14 +49,15 @@ def linear_logprob_naive(
     vocab_size: int,
     temperature: float = 1.0,
     banned_ids: Sequence[int] = (),
-) -> tuple[Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor]:
     """``linear_logprob`` with the whole weight [V, H], in plain torch."""
     logits = (hidden @ weight.T)[:, :vocab_size] / temperature
     allowed = torch.ones(vocab_size, dtype=torch.bool, device=hidden.device)
     allowed[list(banned_ids)] = False
     logprobs = logits.masked_fill(~allowed, -torch.inf).log_softmax(-1)
     entropy = -(logprobs.exp() * logprobs.masked_fill(~allowed, 0)).sum(-1)
-    return logprobs.gather(1, targets[:, None])[:, 0], entropy
+    chosen = logprobs.gather(1, targets[:, None])[:, 0]
+    return chosen, entropy, chosen == logprobs.amax(1)
 
 
 def _logits(hidden: Tensor, weight: Tensor, temperature: float, banned: Tensor) -> Tensor:
@@ -89,7 +91,7 @@ class _LinearLogprob(torch.autograd.Function):
         banned_ids: tuple[int, ...],
         group: dist.ProcessGroup | None,
         chunk_size: int,
-    ) -> tuple[Tensor, Tensor]:
+    ) -> tuple[Tensor, Tensor, Tensor]:
         first = weight.shape[0] * (group.rank() if group is not None else 0)
         ids = torch.arange(first, first + weight.shape[0], device=weight.device)
         banned = ids >= vocab_size
@@ -122,11 +124,13 @@ class _LinearLogprob(torch.autograd.Function):
         ctx.save_for_backward(hidden, weight, local, mine, banned, top, log_sum, entropy)
         ctx.temperature, ctx.chunk_size = temperature, chunk_size
         ctx.set_materialize_grads(False)
+        likeliest = sums[2] == top
+        ctx.mark_non_differentiable(likeliest)
         # not minus (top + log_sum): large logits would round log_sum away
-        return sums[2] - top - log_sum, entropy
+        return sums[2] - top - log_sum, entropy, likeliest
 
     @staticmethod
-    def backward(ctx: FunctionCtx, grad_logprobs: Tensor | None, grad_entropy: Tensor | None) -> tuple:
+    def backward(ctx: FunctionCtx, grad_logprobs: Tensor | None, grad_entropy: Tensor | None, _: None) -> tuple:
         hidden, weight, local, mine, banned, top, log_sum, entropy = ctx.saved_tensors
         grad_hidden = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
         grad_weight = torch.zeros_like(weight, dtype=top.dtype) if ctx.needs_input_grad[1] else None

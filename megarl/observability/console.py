@@ -18,6 +18,8 @@ HEADLINE = {
     "critic/score/mean": "score",
     "response_length/mean": "length",
     "actor/pg_loss": "loss",
+    "train/loss": "loss",
+    "train/token_accuracy": "token accuracy",
     "actor/entropy": "entropy",
     "actor/ppo_kl": "kl",
     "actor/grad_norm": "grad norm",

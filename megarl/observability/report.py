@@ -80,6 +80,8 @@ PANELS = [
     Panel("Entropy", {"actor/entropy": "entropy"}, "nats a token"),
     Panel("Gradient norm", {"actor/grad_norm": "before clipping"}, smoothed=True),
     Panel("Policy loss", {"actor/pg_loss": "loss"}),
+    Panel("Loss", {"train/loss": "trained on", "val-core/loss": "held out"}, "nats a token"),
+    Panel("Token accuracy", {"train/token_accuracy": "trained on", "val-core/token_accuracy": "held out"}, "share"),
     Panel("Critic", {"critic/vf_explained_var": "explained variance of the returns"}, smoothed=True),
     Panel("Clipped", {"actor/pg_clipfrac": "ratio clipped", "response_length/clip_ratio": "responses cut"}, "share"),
     Panel("Throughput", {"perf/throughput": "tokens a second"}, smoothed=True),

@@ -134,12 +134,17 @@ class SFTTrainer:
         return pack_bins(samples, self.packing, self.workers.data_parallel_size)
 
     def evaluate(self) -> dict[str, float]:
-        """The loss on held-out rows; nothing where there are none."""
+        """The loss on held-out rows, and the share of tokens that the policy would choose; nothing without rows."""
         if not self.held_out:
             return {}
         samples = [self.sample(row, group) for group, row in enumerate(self.held_out)]
         metrics = self.workers.validate(self.pack(samples))
-        return {"val-core/loss": metrics["actor/pg_loss"], "val-aux/entropy": metrics["actor/entropy"]}
+        return {
+            "val-core/loss": metrics["actor/pg_loss"],
+            "val-core/token_accuracy": metrics["train/token_accuracy"],
+            "val-aux/token_loss": metrics["train/token_loss"],
+            "val-aux/entropy": metrics["actor/entropy"],
+        }
 
     def state_dict(self) -> dict[str, Any]:
         """What a resumed run needs beyond the weights, as of the last finished step."""

@@ -263,8 +263,8 @@ class PolicyWorker:
 
     def _head(
         self, model: MegatronModule, m: MicroBatch, hidden: Tensor, temperature: float, ban: bool
-    ) -> tuple[Tensor, Tensor]:
-        """Log-probs and entropies [N] of this rank's actions, from the hidden states [T / cp, H] of its tokens."""
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Of this rank's actions, from the hidden states [T / cp, H] of its tokens: see ``linear_logprob``."""
         return linear_logprob(
             hidden[m.rows],
             model.output_weight(),
@@ -279,7 +279,7 @@ class PolicyWorker:
         """The sum of the weighted losses of the actions, their number, and sums for the log."""
         config = self.config.algorithm
         supervised = config.policy_loss == "sft"
-        logprobs, entropy = self._head(
+        logprobs, entropy, likeliest = self._head(
             self.model, m, hidden, 1.0 if supervised else self.config.rollout.temperature, ban=not supervised
         )
         actions = Actions(
@@ -299,7 +299,9 @@ class PolicyWorker:
             step=self.run_step,
         )
         loss, metrics = policy_loss(actions, config)
-        if not supervised:
+        if supervised:
+            metrics |= {"train/token_loss": -logprobs.detach(), "train/token_accuracy": likeliest.to(logprobs.dtype)}
+        else:
             weights, correction_metrics = correction_weights(actions, config)
             loss, metrics = loss * weights, metrics | correction_metrics | mismatch_metrics(actions, config)
         penalty, penalty_metrics = penalties(actions, config)

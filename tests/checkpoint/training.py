@@ -140,7 +140,7 @@ def step(trainable: Trainable, reference: Reference, *, noisy: bool = False) -> 
 
     def loss(batch: Batch, hidden: torch.Tensor) -> tuple:
         rows, targets, weights = batch.local(ps.get_context_parallel_world_size(), ps.get_context_parallel_rank())
-        logprobs, _ = linear_logprob(
+        logprobs, _, _ = linear_logprob(
             hidden[rows],
             model.output_weight(),
             targets,

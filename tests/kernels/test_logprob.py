@@ -30,11 +30,11 @@ def inputs(num_rows: int, scale: float = 1.0) -> dict[str, torch.Tensor]:
 
 
 def differentiated(function, x: dict[str, torch.Tensor], **options) -> list[torch.Tensor]:
-    """Log-probs, entropies, and the gradients of hidden and weight."""
+    """Log-probs, entropies, the gradients of hidden and weight, and whether the target is the likeliest."""
     hidden, weight = (x[name].detach().clone().requires_grad_() for name in ("hidden", "weight"))
-    logprobs, entropy = function(hidden, weight, x["targets"], vocab_size=VOCAB, **options)
+    logprobs, entropy, likeliest = function(hidden, weight, x["targets"], vocab_size=VOCAB, **options)
     torch.autograd.backward([logprobs, entropy], [x["grad_logprobs"].to(logprobs), x["grad_entropy"].to(entropy)])
-    return [logprobs.detach(), entropy.detach(), hidden.grad, weight.grad]
+    return [logprobs.detach(), entropy.detach(), hidden.grad, weight.grad, likeliest.to(logprobs.dtype)]
 
 
 @pytest.mark.parametrize("options", CASES)
@@ -67,7 +67,7 @@ def test_logits_of_bfloat16_weights_are_float32():
 def test_a_part_of_the_gradient_can_be_asked_for():
     x = inputs(6)
     hidden = x["hidden"].clone().requires_grad_()
-    logprobs, _ = linear_logprob(hidden, x["weight"], x["targets"], vocab_size=VOCAB)
+    logprobs, _, _ = linear_logprob(hidden, x["weight"], x["targets"], vocab_size=VOCAB)
     logprobs.sum().backward()
     reference = x["hidden"].clone().requires_grad_()
     linear_logprob_naive(reference, x["weight"], x["targets"], vocab_size=VOCAB)[0].sum().backward()
@@ -80,9 +80,19 @@ def test_extreme_logits_stay_finite():
     for shift in (-1e4, 1e4):
         hidden = torch.full((2, 1), shift)
         weight = torch.ones(PADDED, 1)
-        logprobs, entropy = linear_logprob(hidden, weight, torch.tensor([0, 5]), vocab_size=VOCAB)
+        logprobs, entropy, likeliest = linear_logprob(hidden, weight, torch.tensor([0, 5]), vocab_size=VOCAB)
         torch.testing.assert_close(logprobs, torch.full((2,), -torch.tensor(float(VOCAB)).log().item()))
         torch.testing.assert_close(entropy, torch.full((2,), torch.tensor(float(VOCAB)).log().item()))
+        assert likeliest.all()  # all are alike
+
+
+def test_the_likeliest_target_is_found():
+    x = inputs(13)
+    best = (x["hidden"] @ x["weight"].T)[:, :VOCAB].argmax(1)
+    x["targets"][::2] = best[::2]
+    likeliest = differentiated(linear_logprob, x, chunk_size=4)[4].bool()
+    assert likeliest.tolist() == (x["targets"] == best).tolist()
+    assert 7 <= likeliest.sum() < 13
 
 
 def test_padding_rows_of_the_weight_count_for_nothing():
@@ -96,14 +106,15 @@ def test_padding_rows_of_the_weight_count_for_nothing():
 def test_a_banned_target_has_no_probability_and_a_finite_gradient():
     x = inputs(3)
     x["targets"] = torch.tensor([80, 3, 81])
-    logprobs, _, *gradients = differentiated(linear_logprob, x, banned_ids=(3,))
+    logprobs, _, *gradients, likeliest = differentiated(linear_logprob, x, banned_ids=(3,))
+    assert likeliest[1] == 0
     assert logprobs.isneginf().tolist() == [False, True, False]
     assert all(bool(g.isfinite().all()) for g in gradients)
 
 
 def test_no_rows():
     results = differentiated(linear_logprob, inputs(0))
-    assert [tuple(t.shape) for t in results] == [(0,), (0,), (0, H), (PADDED, H)]
+    assert [tuple(t.shape) for t in results] == [(0,), (0,), (0, H), (PADDED, H), (0,)]
     assert not results[3].any()
 
 
@@ -120,10 +131,11 @@ def sharded(x: dict[str, torch.Tensor], options: dict) -> list[torch.Tensor]:
 @pytest.mark.parametrize("num_rows", [0, 1, 13])
 def test_two_shards_of_the_vocabulary(pool, options, num_rows):
     x = inputs(num_rows)
-    logprobs, entropy, grad_hidden, grad_weight = differentiated(linear_logprob_naive, x, **options)
+    logprobs, entropy, grad_hidden, grad_weight, likeliest = differentiated(linear_logprob_naive, x, **options)
     first, second = pool.run(sharded, 2, x, options)
     for ours in (first, second):
         torch.testing.assert_close(ours[0], logprobs)
         torch.testing.assert_close(ours[1], entropy)
+        torch.testing.assert_close(ours[4], likeliest)
     torch.testing.assert_close(first[2] + second[2], grad_hidden)
     torch.testing.assert_close(torch.cat([first[3], second[3]]), grad_weight)

@@ -121,7 +121,7 @@ def train(
         weight = model.output_weight()
         logits.append((hidden @ weight.T).detach())
         rows, targets, weights = batch.local(cp_size, cp_rank)
-        logprobs, entropy = linear_logprob(
+        logprobs, entropy, _ = linear_logprob(
             hidden[rows],
             weight,
             targets,

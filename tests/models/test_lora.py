@@ -84,7 +84,7 @@ def train(ref: PeftReference, config: RunConfig, batches: list[Batch]) -> dict[s
     def loss(batch: Batch, hidden: torch.Tensor) -> tuple:
         weight = model.output_weight()
         logits.append((hidden @ weight.T).detach())
-        logprobs, entropy = linear_logprob(
+        logprobs, entropy, _ = linear_logprob(
             hidden[batch.rows],
             weight,
             batch.targets,

@@ -122,6 +122,7 @@ def test_loss_and_gradients_equal_transformers(model, pool, expected, layout, ro
     )
     results = pool.run(step, config.world_size, config)
     metrics = merge([totals for totals, _ in results if totals is not None])
-    loss, gradients, _ = expected
-    assert metrics["actor/pg_loss"] == pytest.approx(loss, rel=1e-5)
+    loss, gradients, accuracy = expected
+    assert metrics["actor/pg_loss"] == metrics["train/token_loss"] == pytest.approx(loss, rel=1e-5)
+    assert metrics["train/token_accuracy"] == pytest.approx(accuracy)
     assert_near(joined([shards for _, shards in results], "gradients", str(model)), gradients)
