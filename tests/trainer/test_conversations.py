@@ -64,7 +64,7 @@ def test_adapters_learn_from_conversations_and_a_stop_changes_nothing(tmp_path):
     for step, row in straight.items():
         for name in row.keys() & continued[step].keys():  # the stop added an evaluation
             assert row[name] == continued[step][name], (step, name)
-    assert straight[12]["data/overlong_dropped"] == 4
+    assert straight[12]["data/overlong_dropped"] in (4, 5)  # once a pass, of which the fifth has begun
     assert (
         f"1 of 12 rows have more tokens than data.max_length=100 and are dropped, {train}:12 the first of them" in text
     )
