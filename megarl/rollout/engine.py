@@ -11,6 +11,7 @@ from __future__ import annotations
 import asyncio
 import math
 import os
+import tempfile
 import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -152,6 +153,9 @@ class EngineActor:
         self._top_p, self._top_k = config.rollout.top_p, config.rollout.top_k
         self._bias = {str(token): -math.inf for token in self._processor.banned_token_ids}
         self._pixels_thread = ThreadPoolExecutor(max_workers=1)
+        # SGLang names its sockets after temporary files and leaves both behind
+        self._sockets = tempfile.TemporaryDirectory(prefix="megarl-engine-", ignore_cleanup_errors=True)
+        tempfile.tempdir = self._sockets.name
         engine_type = sglang_process.DeterministicEngine if self._deterministic else sglang_process.RolloutEngine
         self._engine = engine_type(**server_arguments(config, hf_dir, index))
         self._manager = self._engine.tokenizer_manager
@@ -310,6 +314,7 @@ class EngineActor:
     async def shutdown(self) -> None:
         """Stop SGLang's processes; the actor itself is the caller's to end."""
         self._engine.shutdown()
+        self._sockets.cleanup()
 
     async def _shown(self, media: Media) -> dict[str, Any]:
         """What SGLang takes for the images and videos of a prompt."""
