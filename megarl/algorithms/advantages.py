@@ -13,8 +13,9 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 
-from megarl.config import AlgorithmConfig, check_choice
+from megarl.config import AlgorithmConfig
 from megarl.types import Trajectory
+from megarl.utils.checks import check_choice
 
 Advantage = Callable[[Sequence[Trajectory], AlgorithmConfig], list[np.ndarray]]
 ADVANTAGES: dict[str, Advantage] = {}

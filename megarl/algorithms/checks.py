@@ -7,8 +7,9 @@ from megarl.algorithms.penalties import KL_CHOICES
 from megarl.algorithms.policy_losses import POLICY_LOSSES
 from megarl.algorithms.selections import SELECTIONS
 from megarl.algorithms.weights import LOSS_WEIGHTS
-from megarl.config import AlgorithmConfig, CriticConfig, RunConfig, check_choice
+from megarl.config import AlgorithmConfig, CriticConfig, RunConfig
 from megarl.registry import load_file
+from megarl.utils.checks import check_choice
 
 # Knobs that only some choices of another knob read: setting one where it does nothing is a mistake.
 _SURROGATES = ("ppo_clip", "luffy", "ppo_sft", "chord")

@@ -10,8 +10,9 @@ import torch
 from torch import Tensor
 
 from megarl.algorithms.policy_losses import MAX_LOG_RATIO, Actions, Metrics
-from megarl.config import AlgorithmConfig, check_choice
+from megarl.config import AlgorithmConfig
 from megarl.types import Trajectory
+from megarl.utils.checks import check_choice
 
 MAX_KL = 10.0  # of one action by k3, which is exponential
 # log-ratio u = log(reference / policy) of the sampled action -> estimate of KL(policy || reference)

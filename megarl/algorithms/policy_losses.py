@@ -13,7 +13,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from megarl.config import AlgorithmConfig, check_choice
+from megarl.config import AlgorithmConfig
+from megarl.utils.checks import check_choice
 
 MAX_LOG_RATIO = 20.0  # a ratio of e^20 is already clipped; beyond it exp overflows
 Metrics = dict[str, Tensor]  # name -> [N], to be averaged over the actions

@@ -10,7 +10,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from megarl.config import AlgorithmConfig, check_choice
+from megarl.config import AlgorithmConfig
+from megarl.utils.checks import check_choice
 
 Row = dict[str, Any]  # fields of AlgorithmConfig
 

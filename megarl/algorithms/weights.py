@@ -11,8 +11,9 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 
-from megarl.config import AlgorithmConfig, check_choice
+from megarl.config import AlgorithmConfig
 from megarl.types import Trajectory
+from megarl.utils.checks import check_choice
 
 # lengths [B] > 0 of trained actions, group ids [B], longest response -> what the loss of one action of each trajectory
 # is multiplied by, [B]

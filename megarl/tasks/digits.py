@@ -17,9 +17,10 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from megarl.config import DataConfig, check_choice
+from megarl.config import DataConfig
 from megarl.rewards.text import between_tags, has_think_format
 from megarl.types import Prompt
+from megarl.utils.checks import check_choice
 
 _QUESTIONS = {
     "list": "What digits are in this image? I need the digits in a list sorted from lowest to highest.",

@@ -1,0 +1,110 @@
+"""What is asked, answered and rewarded, and the engines that answer."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from megarl.utils.checks import check_choice, check_not_negative, check_positive
+
+
+@dataclass
+class DataConfig:
+    train_files: list[str] = field(default_factory=list)  # JSONL, JSON or parquet, for tasks that read files
+    val_files: list[str] = field(default_factory=list)
+    media_folder: str = ""  # where paths of images and videos in them start; empty: at the file that names them
+    prompt_key: str = "prompt"  # a text or messages; conversations for supervised training too
+    image_key: str = "images"
+    video_key: str = "videos"
+    answer_key: str = "answer"
+    target_key: str = "target"  # an expert's response or a list of them: supervised training, algorithm.expert_strategy
+    # tokens, the last included; algorithm.expert_strategy leaves longer answers out and counts them. 0: as many as
+    # rollout.max_new_tokens
+    max_target_length: int = 0
+    prompts_per_step: int = 16
+    shuffle: bool = True
+    max_prompt_length: int = 1024  # tokens, images included; longer prompts are dropped and counted
+    # the same of a prompt with its response, or a conversation, in supervised training; 0: what a microbatch can hold
+    max_length: int = 0
+    filter_overlong_prompts: bool = (
+        True  # before the first step, the lengths kept for the next start; False: when drawn
+    )
+    max_image_pixels: int = 64_000_000  # a larger image or frame is refused before it is decoded
+    max_video_pixels: int = 64_000_000_000  # a video with more in all its frames is refused before it is decoded
+    max_media_bytes: int = 256 << 20  # a larger file of an image or a video is refused
+    video_fps: float = 2.0  # frames a second that the model sees of a video
+    max_video_frames: int = 768  # frames that the model sees of a video; of a longer one fewer a second
+
+    def __post_init__(self) -> None:
+        check_positive("data", self, "prompts_per_step", "max_prompt_length", "max_image_pixels", "max_video_pixels")
+        check_positive("data", self, "max_media_bytes", "video_fps", "max_video_frames")
+        check_not_negative("data", self, "max_target_length")
+        check_not_negative("data", self, "max_length")
+
+
+@dataclass
+class TaskConfig:
+    path: str = ""  # "module:Class" of a megarl.tasks.Task
+    weight: float = 1.0  # share of the prompts of a step
+    reward: str = ""  # "module:function" or "file.py:function" with verl's signature; empty: the task's own
+    kwargs: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass
+class RewardConfig:
+    timeout_s: float = 30.0  # one call
+    num_workers: int = 0  # processes that compute rewards; 0: one
+    on_error: str = "raise"  # a reward that raises or hangs: raise | drop (the sample, counted)
+
+    def __post_init__(self) -> None:
+        check_choice("rewards.on_error", self.on_error, ["raise", "drop"])
+        check_positive("rewards", self, "timeout_s")
+        check_not_negative("rewards", self, "num_workers")
+
+
+@dataclass
+class RolloutConfig:
+    group_size: int = 8  # samples of one prompt
+    temperature: float = 1.0
+    top_p: float = 1.0
+    top_k: int = -1
+    max_new_tokens: int = 512
+    num_engines: int = 1
+    tensor_parallel_size: int = 1  # of one engine
+    dtype: str = ""  # of the engine; empty: the model's
+    eval_temperature: float = 0.0
+    timeout_s: float = 600.0  # a call to an engine that takes longer counts as the engine's death
+    max_restarts: int = 3  # of engines, over the run
+    # with trainer.max_staleness: responses under way when weights change are computed anew from their tokens and go on
+    # with the new weights; False: they are finished first, which is faster where they are short
+    partial: bool = True
+    engine: dict[str, Any] = field(default_factory=dict)  # further SGLang ServerArgs, verbatim
+
+    def __post_init__(self) -> None:
+        check_positive("rollout", self, "group_size", "max_new_tokens", "num_engines", "tensor_parallel_size")
+        check_positive("rollout", self, "timeout_s", "temperature")
+        check_not_negative("rollout", self, "eval_temperature", "max_restarts")
+        if self.top_k == 0 or self.top_k < -1:
+            raise ValueError(f"rollout.top_k={self.top_k} must be positive, or -1 for all tokens")
+        if not 0 < self.top_p <= 1:
+            raise ValueError(f"rollout.top_p={self.top_p} must lie in (0, 1]")
+        if self.dtype:
+            check_choice("rollout.dtype", self.dtype, ["float32", "bfloat16"])
+
+
+@dataclass
+class WeightSyncConfig:
+    transport: str = "tensor"  # tensor (shared memory, CUDA IPC) | broadcast (gloo, NCCL) | disk
+    # of a policy with model.lora: merged = its matrices, rounded to rollout.dtype | adapter = its adapters alone, which
+    # the engine keeps beside the frozen matrices (decoder only)
+    lora: str = "merged"
+    bucket_bytes: int = 512 << 20
+    verify: bool = True  # compare every tensor's checksum on both sides after each sync
+    canary: bool = True  # score one prompt with an image on both sides after each sync
+    canary_tolerance: float = 0.0  # largest |difference of log-probs|; 0: 1e-4 in float32, 0.1 in bfloat16
+
+    def __post_init__(self) -> None:
+        check_choice("weight_sync.transport", self.transport, ["tensor", "broadcast", "disk"])
+        check_choice("weight_sync.lora", self.lora, ["merged", "adapter"])
+        check_not_negative("weight_sync", self, "canary_tolerance")
+        check_positive("weight_sync", self, "bucket_bytes")

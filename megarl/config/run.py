@@ -1,0 +1,167 @@
+"""The run as a whole."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from megarl.config.algorithm import AlgorithmConfig, CriticConfig
+from megarl.config.model import CP_COMM_TYPES, ModelConfig, OptimizerConfig, ParallelConfig
+from megarl.config.rollout import DataConfig, RewardConfig, RolloutConfig, TaskConfig, WeightSyncConfig
+from megarl.utils.checks import check_choice, check_not_negative, check_positive
+
+
+@dataclass
+class TrainerConfig:
+    run_dir: str = "runs/run"
+    num_steps: int = 100
+    num_epochs: float = (
+        0.0  # instead of num_steps: passes over the training rows, over-long ones included; 0: num_steps
+    )
+    num_nodes: int = 1
+    ranks_per_node: int = 0  # 0: as many as the model-parallel sizes need
+    max_tokens_per_microbatch: int = 8192  # of a data-parallel rank: context-parallel ranks share them
+    max_patches_per_microbatch: int = 65536
+    share_prompts: bool = False  # compute a prompt once for all of its samples in a microbatch (sdpa attention)
+    # moved to host memory while engines generate: of optimizer | gradients | parameters
+    offload: list[str] = field(default_factory=list)
+    # optimizer steps by which the weights that sample may be older than those that learn: engines generate the next
+    # steps while the ranks train; 0: they take turns
+    max_staleness: int = 0
+    resume: str = "auto"  # auto: the newest complete checkpoint of run_dir | never | a checkpoint's path
+    eval_every: int = 0  # steps; 0: only before the first and after the last
+    eval_prompts: int = 256  # of each task
+    ema_decay: float = 0.0  # of a float32 average over the policy's optimizer steps, exported as hf_ema/; 0: none
+
+    def __post_init__(self) -> None:
+        check_positive("trainer", self, "num_nodes", "max_tokens_per_microbatch", "max_patches_per_microbatch")
+        for part in self.offload:
+            check_choice("trainer.offload", part, ["optimizer", "gradients", "parameters"])
+        check_not_negative(
+            "trainer", self, "num_steps", "ranks_per_node", "eval_every", "eval_prompts", "max_staleness"
+        )
+        if self.max_staleness and self.offload:
+            raise ValueError(
+                f"trainer.offload={list(self.offload)} makes room while the ranks wait for the engines; with "
+                f"trainer.max_staleness={self.max_staleness} they do not wait"
+            )
+        if not 0 <= self.ema_decay < 1:
+            raise ValueError(f"trainer.ema_decay={self.ema_decay} must lie in [0, 1)")
+        check_not_negative("trainer", self, "num_epochs")
+
+
+@dataclass
+class CheckpointConfig:
+    save_every: int = 0  # steps; 0: only after the last
+    keep: int = 2  # newest checkpoints that stay; 0: all
+    async_save: bool = True
+    export_hf: bool = False  # write a Hugging Face directory beside the last checkpoint
+
+    def __post_init__(self) -> None:
+        check_not_negative("checkpoint", self, "save_every", "keep")
+
+
+@dataclass
+class ObservabilityConfig:
+    trackers: list[str] = field(default_factory=lambda: ["jsonl", "tensorboard"])  # and wandb
+    project: str = "megarl"
+    save_rollouts_every: int = 1  # steps; 0: never
+    rollout_groups_saved: int = 4  # of a step
+    console: bool = True
+
+    def __post_init__(self) -> None:
+        for tracker in self.trackers:
+            check_choice("observability.trackers", tracker, ["jsonl", "tensorboard", "wandb"])
+        check_not_negative("observability", self, "save_rollouts_every", "rollout_groups_saved")
+
+
+@dataclass
+class DebugConfig:
+    deterministic: bool = False  # the same run gives the same bits: seeds per sample, fixed batches, one thread
+    logprob_diff_alarm: float = 0.0  # stop when mean |rollout - trainer| log-prob exceeds this; 0: warn at 0.05
+
+
+@dataclass
+class RunConfig:
+    name: str = "run"
+    seed: int = 0
+    model: ModelConfig = field(default_factory=ModelConfig)
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    tasks: dict[str, TaskConfig] = field(default_factory=dict)
+    rewards: RewardConfig = field(default_factory=RewardConfig)
+    rollout: RolloutConfig = field(default_factory=RolloutConfig)
+    weight_sync: WeightSyncConfig = field(default_factory=WeightSyncConfig)
+    algorithm: AlgorithmConfig = field(default_factory=AlgorithmConfig)
+    critic: CriticConfig = field(default_factory=CriticConfig)
+    trainer: TrainerConfig = field(default_factory=TrainerConfig)
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    observability: ObservabilityConfig = field(default_factory=ObservabilityConfig)
+    debug: DebugConfig = field(default_factory=DebugConfig)
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.seed < 1 << 31:
+            raise ValueError(f"seed={self.seed} must lie in [0, 2^31)")
+        lora = self.model.lora
+        if self.weight_sync.lora == "adapter" and (not lora.rank or lora.parts != ["decoder"]):
+            raise ValueError(
+                "weight_sync.lora=adapter needs model.lora.rank > 0 and model.lora.parts=[decoder], where SGLang has "
+                f"adapters, not {lora.rank} and {lora.parts}; weight_sync.lora=merged serves all"
+            )
+        implementation, backend = self.model.transformer_impl, self.model.attention_backend
+        if self.trainer.share_prompts and (implementation != "local" or backend == "varlen"):
+            raise ValueError(
+                f"trainer.share_prompts=True needs sdpa or flex attention, not model.attention_backend={backend} "
+                f"with model.transformer_impl={implementation}"
+            )
+        if self.parallel.context_parallel_size > 1:
+            if self.trainer.share_prompts:
+                raise ValueError("trainer.share_prompts=True and parallel.context_parallel_size > 1 exclude each other")
+            if implementation == "transformer_engine" and self.parallel.cp_comm_type == "all_gather":
+                raise ValueError(
+                    "parallel.cp_comm_type=all_gather: Transformer Engine takes no packed sequences with it; "
+                    "use p2p or a2a, or model.transformer_impl=local"
+                )
+            exchanges = {"varlen": ("all_gather", "a2a"), "flex": ("a2a",)}.get(backend, CP_COMM_TYPES)
+            if self.parallel.cp_comm_type not in ("auto", *exchanges):
+                raise ValueError(
+                    f"parallel.cp_comm_type={self.parallel.cp_comm_type}: model.attention_backend={backend} works with "
+                    f"{' or '.join(exchanges)}"
+                )
+        try:
+            self.parallel.check_world(self.world_size)
+        except ValueError as error:
+            raise ValueError(f"trainer.num_nodes x trainer.ranks_per_node: {error}") from error
+
+    @property
+    def partial_rollouts(self) -> bool:
+        """Whether new weights reach an engine amid its responses, which go on with them.
+
+        Reproducible batches and SGLang's adapters cannot change on the way: their responses are finished first.
+        """
+        possible = not self.debug.deterministic and self.weight_sync.lora == "merged"
+        return self.trainer.max_staleness > 0 and self.rollout.partial and possible
+
+    @property
+    def has_critic(self) -> bool:
+        return self.algorithm.has_critic
+
+    @property
+    def estimates(self) -> tuple[str, ...]:
+        """The streams of actions that are asked of the ranks before a step is packed."""
+        given = self.algorithm.kl_in_reward and not self.algorithm.bypass_old_logprobs
+        return (("old_logprobs",) if given else ()) + (("values", "returns") if self.has_critic else ())
+
+    @property
+    def world_size(self) -> int:
+        """Ranks of the trainer."""
+        return self.trainer.num_nodes * (self.trainer.ranks_per_node or self.parallel.smallest_world)
+
+    @property
+    def data_parallel_size(self) -> int:
+        return self.world_size // self.parallel.model_parallel_size
+
+    def data_parallel_rank(self, rank: int) -> int:
+        """Which of the data-parallel ranks a rank of the trainer belongs to: tensor first, then context, then data."""
+        shared = self.parallel.tensor_model_parallel_size * self.parallel.context_parallel_size
+        return rank // shared % self.data_parallel_size
