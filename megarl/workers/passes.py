@@ -56,6 +56,14 @@ class Trained:
     optimizer: MegatronOptimizer
     scheduler: OptimizerParamScheduler
 
+    def begin(self) -> None:
+        """Give the optimizer what it has before its first step, so that a checkpoint of a model that waits has it."""
+        for part in self.optimizer.chained_optimizers:
+            if part.optimizer is not None:
+                part.init_state_fn(part.optimizer, part.config)
+                for group in part.optimizer.param_groups:
+                    group.setdefault("step", 0)
+
     def update(self, microbatches: list[MicroBatch], after: After) -> tuple[list[Any], float, float]:
         """An optimizer step on ``microbatches``; results by ``after``, the gradient's norm and the learning rate."""
         for chunk in self.ddp:

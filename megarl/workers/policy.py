@@ -121,6 +121,8 @@ class PolicyWorker:
         trained = build_trainable(c, self.model, c.optimizer, updates * (c.trainer.num_steps - frozen))
         self.ddp, self.optimizer, self.scheduler = trained.ddp, trained.optimizer, trained.scheduler
         self.trained = trained
+        if frozen:
+            trained.begin()
         if c.algorithm.kl_coef > 0 and not c.model.lora.rank:
             self.reference, _ = build_model(c, c.model.path)
             self.reference.requires_grad_(False)

@@ -174,19 +174,22 @@ def steps_of(worker: PolicyWorker, estimator: Estimator, numbers: range) -> list
 
 
 def straight_and_saved(config: RunConfig, directory: str) -> tuple:
-    """On a rank: four steps, with a checkpoint after the second."""
+    """On a rank: four steps, with a checkpoint after the first, which the policy has waited for, and the second."""
     worker = worker_of(config, config.model.path)
     estimator = estimator_of(worker)
-    logged = steps_of(worker, estimator, range(2))
-    worker.save_checkpoint(directory, 2, {"kl_coef": estimator.controller.coef})
-    worker.finish_saving()
+    logged = []
+    for step in (1, 2):
+        logged += steps_of(worker, estimator, range(step - 1, step))
+        worker.save_checkpoint(directory, step, {"kl_coef": estimator.controller.coef})
+        worker.finish_saving()
     logged += steps_of(worker, estimator, range(2, 4))
     return logged, state_of(worker)
 
 
-def resumed(config: RunConfig, directory: str) -> tuple:
-    """On a rank: the third and fourth step, from the checkpoint."""
-    worker = worker_of(config, f"{directory}/step_000002/hf", weights=False)
+def resumed(config: RunConfig, directory: str, step: int) -> tuple:
+    """On a rank: what comes after ``step`` up to the fourth step, from its checkpoint."""
+    path = f"{directory}/step_{step:06d}"
+    worker = worker_of(config, f"{path}/hf", weights=False)
     estimator = estimator_of(worker)
-    estimator.controller.coef = worker.load_checkpoint(f"{directory}/step_000002")["kl_coef"]
-    return steps_of(worker, estimator, range(2, 4)), state_of(worker)
+    estimator.load_state_dict(worker.load_checkpoint(path))
+    return steps_of(worker, estimator, range(step, 4)), state_of(worker)
