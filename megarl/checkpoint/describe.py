@@ -18,7 +18,7 @@ from megarl.checkpoint import megatron
 from megarl.checkpoint.huggingface import HFReader, check_keys, read_config
 from megarl.checkpoint.manifest import MANIFEST_FILE, read_manifest
 from megarl.checkpoint.parity import PARITY_FILE
-from megarl.checkpoint.parts import is_weight
+from megarl.checkpoint.parts import OPTIMIZER_PREFIX, is_weight
 from megarl.config import ParallelConfig
 from megarl.models.family import FAMILIES
 
@@ -118,7 +118,8 @@ def _optimizer(rows: Iterable[Row]) -> list[str]:
     """A line for each kind of state: the names are those of the weights."""
     kinds: dict[str, list[Row]] = {}
     for row in rows:
-        kinds.setdefault(".".join(row.name.split(".")[:3]), []).append(row)
+        depth = 3 if row.name.startswith(OPTIMIZER_PREFIX) else 4  # behind the name of a part
+        kinds.setdefault(".".join(row.name.split(".")[:depth]), []).append(row)
     return [
         f"  {kind}.*  {len(held)} tensors  {number(sum(row.num_bytes for row in held))}B"
         for kind, held in sorted(kinds.items())
