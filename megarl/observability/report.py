@@ -84,6 +84,16 @@ PANELS = [
     Panel("Token accuracy", {"train/token_accuracy": "trained on", "val-core/token_accuracy": "held out"}, "share"),
     Panel("Critic", {"critic/vf_explained_var": "explained variance of the returns"}, smoothed=True),
     Panel("Clipped", {"actor/pg_clipfrac": "ratio clipped", "response_length/clip_ratio": "responses cut"}, "share"),
+    Panel(
+        "Experts",
+        {
+            "expert/actions_fraction": "of all actions",
+            "expert/groups_gated": "groups that imitate",
+            "expert/hint_bound": "longest hint, of an answer",
+        },
+        "share",
+    ),
+    Panel("Imitation", {"expert/nll": "cross entropy of experts' actions"}, "nats a token", smoothed=True),
     Panel("Throughput", {"perf/throughput": "tokens a second"}, smoothed=True),
 ]
 

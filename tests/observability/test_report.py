@@ -110,6 +110,16 @@ def test_the_page_holds_curves_rollouts_and_nothing_from_outside(tmp_path):
     assert Image.open(tmp_path / "reward.png").width > 500
 
 
+def test_what_an_expert_wrote_is_marked(tmp_path):
+    make_run(tmp_path, 1)
+    own, hinted = sample(0, "a", 1.0, encoded("PNG")), sample(0, "b", 0.5, encoded("PNG"))
+    hinted.expert_mask = hinted.loss_mask.copy()
+    path = RolloutWriter(tmp_path, bytes.upper).write(1, [own, hinted])
+    expected = [0, hinted.response_length]
+    assert [row["expert_length"] for row in read_rollouts(path)] == expected != [0, 0]
+    assert write_report(tmp_path).read_text().count("of an expert</i>") == 1
+
+
 def test_a_large_image_is_made_smaller(tmp_path):
     make_run(tmp_path, 1)
     RolloutWriter(tmp_path, bytes.upper).write(1, [sample(0, "a", 1.0, encoded("PNG", 1200))])
