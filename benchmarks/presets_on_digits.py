@@ -44,7 +44,7 @@ EXPERT = ["tasks.digits_list.kwargs.order=ascending", "tasks.digits_sum.kwargs.o
 CHANGES = {  # what a preset needs besides its row
     "ppo": ["critic.lr=5e-4", "critic.warmup_steps=5"],
     "remax": ["data.prompts_per_step=64", "rollout.group_size=1"],
-    **dict.fromkeys(["luffy", "srft", "hpt", "uft", "chord"], EXPERT),
+    **dict.fromkeys(["luffy", "srft", "hpt", "uft", "uft_simplified", "chord"], EXPERT),
 }
 HELD_OUT = "val-core/digits_list/score/mean@1"
 Row = dict[str, float]

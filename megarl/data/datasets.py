@@ -95,14 +95,14 @@ class Row:
         return reward_model.get("ground_truth") if isinstance(reward_model, dict) else None
 
     def _target(self, key: str) -> Any:
-        """An answer or a list of answers; a message of the assistant's stands for its content."""
+        """An answer or a list of several; a message of the assistant's stands for its content."""
         target = self.values.get(key)
         if not isinstance(target, list) or not any(isinstance(answer, dict) for answer in target):
             return target
         for number, answer in enumerate(target):
             if not isinstance(answer, dict) or not isinstance(answer.get("content"), str):
                 raise ValueError(f"{self.where}: {key}[{number}] is not a message with content, as others there are")
-        return [answer["content"] for answer in target]
+        return target[0]["content"] if len(target) == 1 else [answer["content"] for answer in target]
 
     def _messages(self, key: str) -> list[Message]:
         prompt = self.get(key, "data.prompt_key")

@@ -21,10 +21,10 @@ def answers_of(encoded: EncodedPrompt, processor: Processor) -> list[Demonstrati
     demonstrations = []
     for text in encoded.prompt.targets:
         if not isinstance(text, str):
-            raise ValueError(f"{encoded.prompt.id}: an expert's answer is {type(text).__name__}, no text")
+            raise ValueError(f"{encoded.prompt.name}: an expert's answer is {type(text).__name__}, no text")
         tokens = processor.encode_response(text)
         if np.isin(tokens, processor.banned_token_ids).any():
-            raise ValueError(f"{encoded.prompt.id}: an expert's answer has tokens of media or padding")
+            raise ValueError(f"{encoded.prompt.name}: an expert's answer has tokens of media or padding")
         demonstrations.append(Demonstration(tokens, text, whole=True))
     return demonstrations
 

@@ -66,7 +66,7 @@ class Demonstrator:
             answers = self._answers(prompt)
             patience = 1000 if answers else patience - 1
             if not patience:
-                raise ValueError(f"{prompt.prompt.id}: 1000 prompts in a row have no answer for the expert's stream")
+                raise ValueError(f"{prompt.prompt.name}: 1000 prompts in a row have no answer for the expert's stream")
             for answer in answers[: count - len(samples)]:
                 sample = answer_sample(prompt, -1 - len(samples), answer)
                 sample.advantages = np.zeros(len(sample.tokens), np.float32)

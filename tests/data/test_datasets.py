@@ -46,11 +46,12 @@ def test_jsonl_row_with_images_beside_the_file(tmp_path):
 
 def test_targets_are_answers_or_messages_of_the_assistants(tmp_path):
     messages = [{"role": "assistant", "content": "a"}, {"role": "assistant", "content": "b"}]
-    rows = [{"prompt": "?", "target": target} for target in ("a", ["a", "b"], messages)]
+    rows = [{"prompt": "?", "target": target} for target in ("a", ["a", "b"], messages, messages[:1])]
     path = write(tmp_path / "t.jsonl", *rows, {"prompt": "?", "target": [messages[0], "b"]})
-    assert [prompt_of(path, index).targets for index in range(3)] == [["a"], ["a", "b"], ["a", "b"]]
-    with pytest.raises(ValueError, match=r"t\.jsonl:4: target\[1\] is not a message"):
-        prompt_of(path, 3)
+    assert [prompt_of(path, index).targets for index in range(4)] == [["a"], ["a", "b"], ["a", "b"], ["a"]]
+    assert prompt_of(path, 3).target == "a"  # as supervised training takes it
+    with pytest.raises(ValueError, match=r"t\.jsonl:5: target\[1\] is not a message"):
+        prompt_of(path, 4)
 
 
 def test_without_placeholders_images_come_first(tmp_path):
