@@ -85,7 +85,7 @@ PANELS = [
     Panel("Critic", {"critic/vf_explained_var": "explained variance of the returns"}, smoothed=True),
     Panel("Clipped", {"actor/pg_clipfrac": "ratio clipped", "response_length/clip_ratio": "responses cut"}, "share"),
     Panel(
-        "Experts",
+        "Experts' answers",
         {
             "expert/actions_fraction": "of all actions",
             "expert/groups_gated": "groups that imitate",
