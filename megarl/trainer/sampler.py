@@ -53,13 +53,8 @@ class StepSampler:
         rewards: RewardRunner,
         demonstrator: Demonstrator,
     ) -> None:
-        self.config, self.source, self.rollout, self.rewards, self.demonstrator = (
-            config,
-            source,
-            rollout,
-            rewards,
-            demonstrator,
-        )
+        self.config, self.source, self.demonstrator = config, source, demonstrator
+        self.rollout, self.rewards = rollout, rewards
 
     def sample(self, step: int, progress: Progress | None = None) -> Rollout:
         """The samples of ``step``; which prompts are drawn depends on the source and the rewards alone.
