@@ -24,11 +24,8 @@ class DataConfig:
     prompts_per_step: int = 16
     shuffle: bool = True
     max_prompt_length: int = 1024  # tokens, images included; longer prompts are dropped and counted
-    # the same of a prompt with its response, or a conversation, in supervised training; 0: what a microbatch can hold
-    max_length: int = 0
-    filter_overlong_prompts: bool = (
-        True  # before the first step, the lengths kept for the next start; False: when drawn
-    )
+    max_length: int = 0  # the same of a conversation, in supervised training; 0: what a microbatch can hold
+    filter_overlong_prompts: bool = True  # before the first step, keeping their lengths; False: as they are drawn
     max_image_pixels: int = 64_000_000  # a larger image or frame is refused before it is decoded
     max_video_pixels: int = 64_000_000_000  # a video with more in all its frames is refused before it is decoded
     max_media_bytes: int = 256 << 20  # a larger file of an image or a video is refused
@@ -38,8 +35,7 @@ class DataConfig:
     def __post_init__(self) -> None:
         check_positive("data", self, "prompts_per_step", "max_prompt_length", "max_image_pixels", "max_video_pixels")
         check_positive("data", self, "max_media_bytes", "video_fps", "max_video_frames")
-        check_not_negative("data", self, "max_target_length")
-        check_not_negative("data", self, "max_length")
+        check_not_negative("data", self, "max_target_length", "max_length")
 
 
 @dataclass

@@ -14,9 +14,7 @@ from megarl.utils.checks import check_choice, check_not_negative, check_positive
 class TrainerConfig:
     run_dir: str = "runs/run"
     num_steps: int = 100
-    num_epochs: float = (
-        0.0  # instead of num_steps: passes over the training rows, over-long ones included; 0: num_steps
-    )
+    num_epochs: float = 0.0  # instead of num_steps: passes over the rows, over-long ones included; 0: num_steps
     num_nodes: int = 1
     ranks_per_node: int = 0  # 0: as many as the model-parallel sizes need
     max_tokens_per_microbatch: int = 8192  # of a data-parallel rank: context-parallel ranks share them

@@ -77,7 +77,7 @@ class Conversations:
         if np.isin(ids[mask], self.processor.media_token_ids).any():
             raise ValueError(f"{prompt.name}: an assistant's turn shows an image or a video, which no policy can")
         repeats = self.processor.repeats(prompt, ids, media)
-        return EncodedPrompt(prompt, np.repeat(ids, repeats), media, np.repeat(mask, repeats))
+        return EncodedPrompt(prompt, np.repeat(ids, repeats), media, loss_mask=np.repeat(mask, repeats))
 
     def _texts(self, turns: list[_Turn]) -> tuple[str, list[str]]:
         """What is tokenized by itself: the text is cut where a turn begins, as it is when a policy answers, and nowhere
@@ -103,7 +103,8 @@ class Conversations:
 
     def _read_target(self, prompt: Prompt) -> tuple[Prompt, Media, list[_Turn]]:
         if not isinstance(prompt.target, str):
-            raise ValueError(f"{prompt.name}: its target (data.target_key) is {type(prompt.target).__name__}, no text")
+            kind = type(prompt.target).__name__
+            raise ValueError(f"{prompt.name}: its target (data.target_key) is {kind}, no text: make it a row an answer")
         media, headers = self.processor.read_media(prompt)
         return prompt, media, [_Turn(self.processor.render(prompt, headers), prompt.target + self.ends[0])]
 
