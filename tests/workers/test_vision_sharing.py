@@ -89,7 +89,7 @@ def train_once(path, world_size, parallel):
     worker.train()
     named = [(worker.model.global_name(name), p) for name, p in worker.model.named_parameters()]
     return {
-        "tp": parallel_state.get_tensor_model_parallel_rank(),
+        "tensor": parallel_state.get_tensor_model_parallel_rank(),
         "stage": parallel_state.get_pipeline_model_parallel_rank(),
         "gradients": {name: p.main_grad.clone() for name, p in named},
         "decoded": decoded,
@@ -122,8 +122,8 @@ def test_a_skewed_step_is_that_of_one_rank(model, pool, one_rank, layout):
     assert any(gradient.any() for name, gradient in expected.items() if name.startswith("visual."))
     assert len(set().union(*one_rank[0]["shown"])) == NUM_IMAGES
     shown = sorted(size for sizes in results[0]["shown"] for size in sizes)
-    for tp in {result["tp"] for result in results}:
-        ranks = [result["decoded"] for result in results if (result["tp"], result["stage"]) == (tp, 0)]
+    for tp in {result["tensor"] for result in results}:
+        ranks = [result["decoded"] for result in results if (result["tensor"], result["stage"]) == (tp, 0)]
         if "unshared" not in layout:
             assert sorted(size for decoded in ranks for size in decoded) == shown
             assert all(ranks)
