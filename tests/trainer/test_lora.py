@@ -33,7 +33,8 @@ def test_a_policy_with_adapters_trains_resumes_and_is_written(tmp_path):
         assert rows[step]["actor/grad_norm"] > 0
     assert rows[1]["actor/kl_loss"] == 0  # the reference is the policy without adapters
     assert rows[4]["actor/kl_loss"] > 0
-    assert rows[4]["sync/tensors"] > rows[2]["sync/tensors"] + 50  # merged: every matrix
+    # A and B of the seven matrices of three layers; merged, every tensor of the model
+    assert (rows[2]["sync/tensors"], rows[4]["sync/tensors"]) == (42, 68)
     manifest = json.loads((tmp_path / "run/checkpoints/step_000004/manifest.json").read_text())
     assert manifest["contents"][0] == "adapters"
     config = json.loads((tmp_path / "run/adapter/adapter_config.json").read_text())

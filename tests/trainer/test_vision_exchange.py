@@ -16,6 +16,7 @@ ONE = ["parallel.tensor_model_parallel_size=1", "trainer.ranks_per_node=1"]
 PP2_DP2 = [
     "parallel.tensor_model_parallel_size=1",
     "parallel.pipeline_model_parallel_size=2",
+    "parallel.pipeline_layout=[1,2]",
     "trainer.ranks_per_node=4",
 ]
 # (height, width) of each row's images; the rows of a step are four, the first has nearly all there is to see
