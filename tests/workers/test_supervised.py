@@ -74,7 +74,7 @@ def step(config):
     worker.load([bins[ps.get_data_parallel_rank()]])
     totals = worker.train()
     gradients = {worker.model.global_name(name): p.main_grad.clone() for name, p in worker.model.named_parameters()}
-    return totals, {"tp": ps.get_tensor_model_parallel_rank(), "gradients": gradients}
+    return totals, {"tensor": ps.get_tensor_model_parallel_rank(), "gradients": gradients}
 
 
 @pytest.fixture(scope="module")
