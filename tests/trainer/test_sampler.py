@@ -13,6 +13,7 @@ from megarl.trainer.metrics import staleness_metrics
 from megarl.trainer.sampler import StepSampler
 from megarl.types import Media, Prompt, Sample
 from megarl.utils.errors import RunFailure
+from tests.trainer.commands import EXPERIMENT, metrics, run
 
 
 class Source:
@@ -147,3 +148,17 @@ def test_staleness_is_counted_by_action():
         "rollout/staleness_max": 1,
         "rollout/partial_fraction": pytest.approx(1 / 3),
     }
+
+
+@pytest.mark.slow
+def test_refilled_steps_are_the_same_after_a_resume(tmp_path):
+    arguments = ["train", EXPERIMENT, f"model.path={tmp_path / 'tiny'}", "trainer.eval_prompts=0"]
+    arguments += ["algorithm.advantage=remax", "algorithm.filter_key=score", "rollout.group_size=2"]
+    run(tmp_path / "straight.log", *arguments, f"trainer.run_dir={tmp_path / 'straight'}")
+    for num_steps in (2, 4):
+        more = [f"trainer.run_dir={tmp_path / 'resumed'}", f"trainer.num_steps={num_steps}"]
+        run(tmp_path / f"{num_steps}.log", *arguments, *more)
+    rows = metrics(tmp_path / "straight")
+    assert metrics(tmp_path / "resumed") == rows
+    assert max(row["filter/rounds"] for row in rows.values()) > 1
+    assert all(row["filter/kept_groups"] == 4 for row in rows.values())
