@@ -67,7 +67,8 @@ def test_recompute_changes_nothing(pool, references, family, name, layout, recom
         assert first["attentions"]
         assert second["attentions"] == sorted(first["attentions"] * times)
     ours, plain = (joined(results, "gradients", ref.directory) for results in (recomputed, kept))
-    assert_near(ours, plain, tolerance=1e-6)
+    # not closer: the gradient of a key's bias is a small difference of large terms
+    assert_near(ours, plain, tolerance=3e-6)
 
 
 @pytest.mark.parametrize("layout", ["dp2", "tp2_dp2"])

@@ -5,15 +5,13 @@ Shapes: T packed tokens of S sequences, H hidden, V vocabulary.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from typing import ClassVar
 
 from megatron.core.tensor_parallel import scatter_to_sequence_parallel_region
 from megatron.core.transformer.enums import ModelType
 from megatron.core.transformer.module import MegatronModule
-from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_block import get_num_layers_to_build
-from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.transformer_layer import get_transformer_layer_offset
 from torch import Tensor
 from transformers import PretrainedConfig
@@ -48,11 +46,14 @@ class LanguageModel(MegatronModule):
         self.model_type = ModelType.encoder_or_decoder  # read by mcore's schedules
         self.share_embeddings_and_output_weights = tied
         self.vocab_size = text.vocab_size
+        layer = layer_spec(model, config)
+        layer.module = DecoderLayer
         self.layer_offset = get_transformer_layer_offset(config, vp_stage)
+        sparse = sparse_layers(text)
         numbers = range(self.layer_offset, self.layer_offset + get_num_layers_to_build(config, vp_stage))
         self.language_model = Decoder(
             config,
-            block_spec(_layers(model, config, sparse_layers(text), numbers), config),
+            block_spec([sparse_spec(layer, config) if sparse[n] else layer for n in numbers], config),
             text,
             tied=tied,
             pre_process=pre_process,
@@ -144,12 +145,3 @@ class LanguageModel(MegatronModule):
     def shared_embedding_or_output_weight(self) -> Tensor | None:
         """The tied matrix on the stages that hold it; called by mcore's gradient reduction."""
         return self.language_model.shared_embedding_or_output_weight()
-
-
-def _layers(
-    model: ModelConfig, config: TransformerConfig, sparse: Sequence[bool], numbers: Iterable[int]
-) -> list[ModuleSpec]:
-    """The decoder layers ``numbers``."""
-    dense = layer_spec(model, config)
-    dense.module = DecoderLayer
-    return [sparse_spec(dense, config) if sparse[number] else dense for number in numbers]
