@@ -14,7 +14,7 @@ from megarl.data.processors import load_processor
 from megarl.data.videos import decode_frames, read_header
 from megarl.types import Media
 from megarl.utils.checksum import tensor_checksum
-from tests.data.llava import KINDS, hugging_face, write
+from tests.data.llava import hugging_face, write
 from tests.rollout.reference import TOLERANCE, HuggingFace, prompt, tensors
 from tests.rollout.test_engine import assert_parity, push_shared
 
@@ -40,15 +40,6 @@ class HuggingFaceLlava(HuggingFace):
             frames = decode_frames(data, range(read_header(data, limits).num_frames), limits)
             made |= reference.video_processor([np.stack([np.asarray(frame) for frame in frames])], return_tensors="pt")
         return {name: torch.as_tensor(value) for name, value in made.items()}
-
-
-def published(path) -> dict[str, torch.Tensor]:
-    """The weights of a directory under the names of the published files."""
-    short = KINDS[path.parent.name][1] == "dinov2"
-    return {
-        name if short else name.replace("vision_tower.", "vision_tower.vision_model."): tensor
-        for name, tensor in tensors(path).items()
-    }
 
 
 @pytest.fixture(scope="module", params=SERVED, ids=str)
@@ -84,7 +75,7 @@ def test_a_new_vision_half_sees_an_old_image_anew(served):
     engine, paths, processor = served
     encoded = prompt(processor, 2)
     before = ray.get(engine.score.remote(encoded.tokens, encoded.media))
-    half = {name: tensor for name, tensor in published(paths[1]).items() if not name.startswith("language_model.")}
+    half = {name: tensor for name, tensor in tensors(paths[1]).items() if not name.startswith("language_model.")}
     push_shared(engine, list(half.items()), 40)
     after = ray.get(engine.score.remote(encoded.tokens, encoded.media))
     assert np.abs(after - before).max() > 100 * TOLERANCE
@@ -94,10 +85,10 @@ def test_a_new_vision_half_sees_an_old_image_anew(served):
 
 def test_weights_arrive_whole(served):
     engine, paths, processor = served
-    named = published(paths[1])
+    named = tensors(paths[1])
     push_shared(engine, list(named.items()), 41)
     assert ray.get(engine.checksums.remote()) == {name: tensor_checksum(tensor) for name, tensor in named.items()}
     assert_parity(engine, HuggingFaceLlava(paths[1], processor), prompt(processor, 1), version=41)
     ray.get(engine.update_weights_from_disk.remote(str(paths[0]), 42))
     held = ray.get(engine.checksums.remote())
-    assert held == {name: tensor_checksum(tensor) for name, tensor in published(paths[0]).items()}
+    assert held == {name: tensor_checksum(tensor) for name, tensor in tensors(paths[0]).items()}
