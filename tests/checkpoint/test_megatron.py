@@ -88,7 +88,9 @@ def resumed(case: str, reference: Reference, path: str) -> tuple:
     return extra, loss, fingerprint(trainable)
 
 
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize(
+    "case", [pytest.param(case, marks=pytest.mark.slow if case == "tp2_dp2_ep2" else ()) for case in CASES]
+)
 def test_resume_is_bit_equal(pool, references, tmp_path, case):
     world_size = CASES[case][0]
     names = {"vpp2": ("deep_tied",), "ep2": ("mixed", "qwen3_vl_moe")}

@@ -8,6 +8,7 @@ import signal
 import numpy as np
 import pytest
 
+from megarl.cli import main
 from megarl.config import RunConfig, TrainerConfig
 from megarl.trainer.run import Run
 from tests.trainer.commands import EXPERIMENT, metrics, run, start, wait_for_step
@@ -104,10 +105,10 @@ def test_score_equals_hugging_face(folder, stopped):
         ("algorithm.advantage=grpoo", "did you mean 'grpo'?"),
     ],
 )
-def test_a_mistake_is_one_line(folder, tmp_path, change, message):
+def test_a_mistake_is_one_line(folder, tmp_path, capsys, change, message):
     more = ["model.factory=''"] if change.startswith("model") else []
-    text = run(tmp_path / "log", *arguments(folder, tmp_path / "run", change, *more), status=2)
-    last = text.strip().splitlines()[-1]
+    assert main(arguments(folder, tmp_path / "run", change, *more)) == 2
+    last = capsys.readouterr().err.strip().splitlines()[-1]
     assert last.startswith("megarl: ")
     assert message in last
 

@@ -51,8 +51,8 @@ def left(worker, parts):
     [
         (PARTS, "float32", True, LoraConfig()),
         (PARTS, "bfloat16", True, LoraConfig(rank=2)),
-        (["optimizer", "gradients"], "bfloat16", False, LoraConfig()),
-        (["parameters"], "float32", False, LoraConfig(rank=2)),
+        pytest.param(["optimizer", "gradients"], "bfloat16", False, LoraConfig(), marks=pytest.mark.slow),
+        pytest.param(["parameters"], "float32", False, LoraConfig(rank=2), marks=pytest.mark.slow),
     ],
 )
 def test_steps_are_the_same_bits(model, pool, parts, dtype, distributed, lora):
