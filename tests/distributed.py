@@ -9,6 +9,7 @@ Ranks are processes that live as long as the session, so a case costs no imports
 from __future__ import annotations
 
 import contextlib
+import gc
 import multiprocessing
 import os
 import pickle
@@ -28,6 +29,7 @@ ROOT = Path(__file__).resolve().parents[1]
 # Imported once, in the process that the ranks are forked from.
 PRELOAD = ["megarl.parallel.groups", "megarl.models.family", "megarl.checkpoint.huggingface", "megarl.kernels.logprob"]
 START_S = 300.0  # for a rank to be ready, imports included
+MAX_THREADS = 300  # of a rank: each group that is still referred to has some
 GRACE_S = 3.0  # for the other ranks to fail or finish once one has failed
 
 
@@ -64,6 +66,8 @@ def _serve(rank: int, connection: Connection) -> None:
             dist.barrier()  # a rank that closes its sockets must not cut off a slower one
             groups.destroy()
             dist.destroy_process_group()
+            if len(os.listdir("/proc/self/task")) > MAX_THREADS:
+                gc.collect()  # models that refer to themselves keep their groups, and those their threads
             answer = (True, result)
         except BaseException:
             answer = (False, traceback.format_exc())
