@@ -9,7 +9,6 @@ Ranks are processes that live as long as the session, so a case costs no imports
 from __future__ import annotations
 
 import contextlib
-import gc
 import multiprocessing
 import os
 import pickle
@@ -29,7 +28,7 @@ ROOT = Path(__file__).resolve().parents[1]
 # Imported once, in the process that the ranks are forked from.
 PRELOAD = ["megarl.parallel.groups", "megarl.models.family", "megarl.checkpoint.huggingface", "megarl.kernels.logprob"]
 START_S = 300.0  # for a rank to be ready, imports included
-MAX_THREADS = 300  # of a rank: each group that is still referred to has some
+MAX_THREADS = 400  # of a rank: groups of earlier cases that something still refers to keep theirs
 GRACE_S = 3.0  # for the other ranks to fail or finish once one has failed
 
 
@@ -66,8 +65,6 @@ def _serve(rank: int, connection: Connection) -> None:
             dist.barrier()  # a rank that closes its sockets must not cut off a slower one
             groups.destroy()
             dist.destroy_process_group()
-            if len(os.listdir("/proc/self/task")) > MAX_THREADS:
-                gc.collect()  # models that refer to themselves keep their groups, and those their threads
             answer = (True, result)
         except BaseException:
             answer = (False, traceback.format_exc())
@@ -122,6 +119,8 @@ class Pool:
             if silent and not failures:
                 failures.append(f"ranks {silent} did not answer within {timeout} s")
             raise RankError(f"{function.__qualname__} on {world_size} ranks\n" + "\n".join(failures))
+        if any(len(os.listdir(f"/proc/{process.pid}/task")) > MAX_THREADS for process, _ in self._ranks):
+            self.close()
         return [answers[rank][1] for rank in range(world_size)]
 
     def close(self) -> None:
