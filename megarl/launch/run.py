@@ -24,6 +24,8 @@ def train(config: RunConfig) -> int:
 
 def sft(config: RunConfig) -> int:
     """``megarl sft``: supervised fine-tuning; the exit status."""
+    if config.algorithm.policy_loss != "sft":
+        raise ValueError(f"algorithm.policy_loss={config.algorithm.policy_loss!r}: supervised training needs 'sft'")
     return _fit(SFTTrainer, config)
 
 

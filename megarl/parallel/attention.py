@@ -42,6 +42,11 @@ class RMSNorm(torch.nn.RMSNorm):
         )
         self.weight.sequence_parallel = config.sequence_parallel  # read by mcore's finalize_model_grads
 
+    def forward(self, x: Tensor) -> Tensor:
+        # one node to autograd, though the CPU has no fused kernel: the parts of the input's gradient are summed here,
+        # before the residual's is added, as they are when the norm is recomputed, which then changes no bit
+        return super().forward(x.view_as(x))
+
 
 class LayerNorm(torch.nn.LayerNorm):
     """LayerNorm of a vision tower, where every tensor-parallel rank holds all tokens."""

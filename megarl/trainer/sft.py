@@ -40,8 +40,6 @@ class SFTTrainer:
     """Cross entropy on the turns of assistants, or on ``Prompt.target``; the words of others are never in the loss."""
 
     def __init__(self, config: RunConfig, run: Run) -> None:
-        if config.algorithm.policy_loss != "sft":
-            raise ValueError(f"algorithm.policy_loss={config.algorithm.policy_loss!r}: supervised training needs 'sft'")
         self.config, self.run = config, run
         self.workers = WorkerGroup(config)
         saved = run.build_workers(self.workers)

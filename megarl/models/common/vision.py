@@ -160,6 +160,7 @@ class TappedLayer(TransformerLayer):
         output, _ = super().forward(*args, **kwargs)
         if self.tapped:
             context = output if context is None else torch.cat([context, output], -1)
+            output = output.view_as(output)  # the next layer's gradients are summed here, as when it is recomputed
         if self.last and context is not None:
             return torch.cat([output, context], -1), None
         return output, context
