@@ -57,8 +57,9 @@ def whole_model(hf_dir: Path, config: ModelConfig, device: str) -> tuple[Megatro
     family = family_of(hf)
     # the layers of another implementation have the same parameters and may need a GPU
     config = replace(config, transformer_impl="local", megatron=config.megatron | {"perform_initialization": False})
+    family.validate(hf, ParallelConfig())
     with torch.device(device):
-        model = family.build(hf, config, ParallelConfig(), pre_process=True, post_process=True)
+        model = family.build(hf, config, ParallelConfig())
     return model, family.mappings(hf)
 
 
@@ -103,7 +104,7 @@ def hf_to_megatron(
             with progress(_num_bytes(model), f"writing {out_dir}") as bar:
                 tensors = parameter_source(model, mappings, reader, bar.update)
                 extra = {"step": 0}
-                megatron.save_to(
+                megatron.save(
                     directory, 0, model, None, None, extra, config, hf_dir=hf_dir, tensor_source=tensors
                 ).wait()
             written = CheckpointReader(directory, model)

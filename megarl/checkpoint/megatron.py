@@ -59,7 +59,7 @@ from megarl.config import RunConfig
 from megarl.experiment import to_yaml
 from megarl.models.common.lora import CHILD, is_adapted
 
-__all__ = ["Handle", "TrainedPart", "complete", "latest", "load", "prune", "save", "save_to"]
+__all__ = ["Handle", "TrainedPart", "complete", "latest", "load", "prune", "save", "step_directory"]
 
 logger = logging.getLogger(__name__)
 
@@ -194,25 +194,6 @@ def _sync_parameters(model: nn.Module) -> None:
 
 
 def save(
-    directory: str | Path,
-    step: int,
-    model: nn.Module,
-    optimizer: MegatronOptimizer | None,
-    scheduler: OptimizerParamScheduler | None,
-    extra: dict[str, Any],
-    config: RunConfig,
-    *,
-    hf_dir: str | Path | None = None,
-    async_save: bool = False,
-    parts: Parts = NO_PARTS,
-) -> Handle:
-    """Save ``<directory>/step_<step>``; every rank of the world calls it. See ``save_to``."""
-    path = step_directory(directory, step)
-    options = {"hf_dir": hf_dir, "async_save": async_save, "parts": parts}
-    return save_to(path, step, model, optimizer, scheduler, extra, config, **options)
-
-
-def save_to(
     path: str | Path,
     step: int,
     model: nn.Module,

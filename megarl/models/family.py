@@ -14,6 +14,7 @@ from transformers import PretrainedConfig
 from megarl.config import ModelConfig, ParallelConfig
 from megarl.models.common.interleaved import InterleavedModel
 from megarl.models.common.language import validate_language
+from megarl.models.common.language_model import LanguageModel
 from megarl.models.llava.config import validate as llava_validate
 from megarl.models.llava.mapping import canonical_name as llava_canonical_name
 from megarl.models.llava.mapping import mappings as llava_mappings
@@ -27,16 +28,15 @@ from megarl.models.qwen_vl.mapping import canonical_tensor as qwen3_vl_canonical
 from megarl.models.qwen_vl.mapping import mappings as qwen_vl_mappings
 from megarl.models.qwen_vl.model import QwenVLModel
 from megarl.models.qwen_vl.probe import probe as qwen_vl_probe
-from megarl.models.text.model import TextModel
-from megarl.models.text.model import mappings as text_mappings
+from megarl.models.text.mapping import mappings as text_mappings
 
 
 @dataclass(frozen=True)
 class Family:
     """``build(hf_config, model, parallel, *, pre_process, post_process, vp_stage)`` makes a piece of the model.
 
-    ``build_stage`` makes all that a rank holds. ``build`` raises ``ValueError`` that names the key when the layout
-    cannot divide the model, and so does ``validate(hf_config, parallel)`` by itself. A model is a
+    ``build_stage`` makes all that a rank holds. ``validate(hf_config, parallel)`` comes first: it raises ``ValueError``
+    that names the key when the layout cannot divide the model. A model is a
     ``models.common.LanguageModel``. ``canonical_name`` is the published spelling of a tensor's name, whichever version
     of transformers wrote the file, and ``canonical_tensor(config, name, tensor)`` the tensor of that name as published
     (``config``: that of config.json). ``probe`` makes the prompt whose logits a converter compares with transformers'.
@@ -100,7 +100,7 @@ TEXT = Family(
         "Qwen2ForCausalLM",
         "Qwen3ForCausalLM",
     ),
-    build=TextModel,
+    build=LanguageModel,
     mappings=text_mappings,
     validate=validate_language,
     canonical_name=str,
@@ -118,15 +118,16 @@ def build_stage(hf_config: PretrainedConfig, model: ModelConfig, parallel: Paral
 
     Every rank of the world calls it when the groups of ``parallel`` have been built.
     """
-    build = family_of(hf_config).build
+    family = family_of(hf_config)
+    family.validate(hf_config, parallel)
     if not parallel.interleaved:
         first, last = parallel_state.is_pipeline_first_stage(), parallel_state.is_pipeline_last_stage()
-        return build(hf_config, model, parallel, pre_process=first, post_process=last)
+        return family.build(hf_config, model, parallel, pre_process=first, post_process=last)
     chunks = []
     for number in range(parallel.virtual_pipeline_model_parallel_size):
         where = {"ignore_virtual": False, "vp_stage": number}
         first, last = parallel_state.is_pipeline_first_stage(**where), parallel_state.is_pipeline_last_stage(**where)
-        chunks.append(build(hf_config, model, parallel, pre_process=first, post_process=last, vp_stage=number))
+        chunks.append(family.build(hf_config, model, parallel, pre_process=first, post_process=last, vp_stage=number))
     return InterleavedModel(chunks)
 
 

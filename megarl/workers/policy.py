@@ -389,7 +389,7 @@ class PolicyWorker:
         self.finish_saving()
         self._restore_all()
         self.saving = checkpoints.save(
-            directory,
+            checkpoints.step_directory(directory, step),
             step,
             self.model,
             self.optimizer,

@@ -157,7 +157,7 @@ def trained(ref: PeftReference, parallel: ParallelConfig, directory: str) -> Non
     t = build(config)
     for _ in range(2):  # the learning rate of the first is zero
         step(t, ref)
-    megatron.save_to(f"{directory}/checkpoint", 1, t.ddp, t.optimizer, t.scheduler, {}, t.config)
+    megatron.save(f"{directory}/checkpoint", 1, t.ddp, t.optimizer, t.scheduler, {}, t.config)
 
 
 def test_a_checkpoint_of_adapters_becomes_peft_and_hugging_face(pool, ref, tmp_path):

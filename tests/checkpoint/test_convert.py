@@ -206,7 +206,7 @@ def save_shards(directory: str, path: str) -> None:
     from tests.checkpoint.training import build_model, run_config
 
     config = run_config(directory, (2, 2), dtype="bfloat16")
-    megatron.save_to(path, 5, build_model(config)[0], None, None, {}, config).wait()
+    megatron.save(path, 5, build_model(config)[0], None, None, {}, config).wait()
 
 
 def test_shards_of_four_ranks_become_whole_files(pool, converted, tmp_path):

@@ -62,7 +62,7 @@ def straight(case: str, reference: Reference, directory: str) -> tuple:
     trainable = build(case_config(case, reference), **CASES[case][2])
     losses = [step(trainable, reference, noisy=True) for _ in range(2)]
     handle = megatron.save(
-        directory,
+        megatron.step_directory(directory, 2),
         2,
         trainable.ddp,
         trainable.optimizer,
@@ -148,7 +148,7 @@ def save_and_go_on(reference: Reference, layout: tuple[int, ...], directory: str
     t = build(run_config(reference.directory, layout))
     for _ in range(2):
         step(t, reference)
-    megatron.save(directory, 2, t.ddp, t.optimizer, t.scheduler, {}, t.config)
+    megatron.save(megatron.step_directory(directory, 2), 2, t.ddp, t.optimizer, t.scheduler, {}, t.config)
     return one_step(t, reference)
 
 
@@ -170,7 +170,9 @@ def train_and_save(
     trainable = build(run_config(reference.directory, layout, lora=lora or LoraConfig()))
     losses = [step(trainable, reference) for _ in range(num_steps)]
     t = trainable
-    megatron.save(directory, num_steps, t.ddp, t.optimizer, t.scheduler, {}, t.config)
+    megatron.save(
+        megatron.step_directory(directory, num_steps), num_steps, t.ddp, t.optimizer, t.scheduler, {}, t.config
+    )
     return losses
 
 
@@ -229,10 +231,12 @@ def write_and_die(reference: Reference, directory: str, victim: int) -> None:
             super().write()
             os.kill(os.getpid(), signal.SIGKILL)
 
-    megatron.save(directory, 1, t.ddp, t.optimizer, t.scheduler, {}, t.config).wait()
+    megatron.save(megatron.step_directory(directory, 1), 1, t.ddp, t.optimizer, t.scheduler, {}, t.config).wait()
     if dist.get_rank() == victim:
         writer.SnapshotWriter = Deadly
-    megatron.save(directory, 2, t.ddp, t.optimizer, t.scheduler, {}, t.config, async_save=True).wait()
+    megatron.save(
+        megatron.step_directory(directory, 2), 2, t.ddp, t.optimizer, t.scheduler, {}, t.config, async_save=True
+    ).wait()
 
 
 @pytest.mark.parametrize("victim", [0, 1])
@@ -264,7 +268,9 @@ def fail_on_a_rank(reference: Reference, directory: str) -> tuple[str, bool]:
     try:
         if dist.get_rank() == 1:
             writer.SnapshotWriter = Full
-        handle = megatron.save(directory, 1, t.ddp, t.optimizer, t.scheduler, {}, t.config, async_save=True)
+        handle = megatron.save(
+            megatron.step_directory(directory, 1), 1, t.ddp, t.optimizer, t.scheduler, {}, t.config, async_save=True
+        )
         handle.wait()
     except CheckpointError as error:
         return str(error), (Path(directory) / "step_000001" / MANIFEST_FILE).exists()

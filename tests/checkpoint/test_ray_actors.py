@@ -31,7 +31,7 @@ class Rank:
 
         t = build(run_config(reference.directory, (2, 1)))
         step(t, reference, noisy=True)
-        save = (self.checkpoints, 1, t.ddp, t.optimizer, t.scheduler, {"step": 1}, t.config)
+        save = (megatron.step_directory(self.checkpoints, 1), 1, t.ddp, t.optimizer, t.scheduler, {"step": 1}, t.config)
         handle = megatron.save(*save, async_save=True)
         loss = step(t, reference, noisy=True)
         handle.wait()

@@ -25,21 +25,21 @@ from megarl.parallel.attention import packed_sequences
 
 
 class LanguageModel(MegatronModule):
-    """A stage with a decoder and nothing else; ``text`` is the decoder's part of the Hugging Face configuration."""
+    """A stage with a decoder and nothing else: a text-only policy, and what families that see begin with."""
 
     parts: ClassVar = {"decoder": "language_model"}  # what ``model.freeze`` calls a submodule
 
     def __init__(
         self,
-        text: PretrainedConfig,
+        hf: PretrainedConfig,
         model: ModelConfig,
         parallel: ParallelConfig,
         *,
-        tied: bool,
         pre_process: bool = True,
         post_process: bool = True,
         vp_stage: int | None = None,
     ) -> None:
+        text, tied = hf.get_text_config(), hf.tie_word_embeddings
         config = decoder_config(text, model, parallel)
         super().__init__(config)
         self.pre_process, self.post_process = pre_process, post_process

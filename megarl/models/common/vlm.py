@@ -6,7 +6,7 @@ Shapes: T packed tokens, I distinct images shown at J places, P patches of E num
 from __future__ import annotations
 
 from abc import abstractmethod
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -23,28 +23,12 @@ class VisionLanguageModel(LanguageModel):
 
     parts: ClassVar = {"vision_tower": "vision_model", "projector": "vision_projection", "decoder": "language_model"}
 
-    def __init__(
-        self,
-        hf: PretrainedConfig,
-        model: ModelConfig,
-        parallel: ParallelConfig,
-        *,
-        media_token_ids: tuple[int, ...],
-        pre_process: bool = True,
-        post_process: bool = True,
-        vp_stage: int | None = None,
-    ) -> None:
-        super().__init__(
-            hf.text_config,
-            model,
-            parallel,
-            tied=hf.tie_word_embeddings,
-            pre_process=pre_process,
-            post_process=post_process,
-            vp_stage=vp_stage,
-        )
-        self.media_token_ids = media_token_ids
-        if pre_process:
+    media_tokens: ClassVar = ("image_token_id",)  # keys of the ids whose places images, or videos, take
+
+    def __init__(self, hf: PretrainedConfig, model: ModelConfig, parallel: ParallelConfig, **stage: Any) -> None:
+        super().__init__(hf, model, parallel, **stage)
+        self.media_token_ids = [getattr(hf, key) for key in self.media_tokens]
+        if self.pre_process:
             self.build_vision(hf, model, parallel)
 
     @abstractmethod

@@ -5,7 +5,7 @@ Shapes: T packed tokens, N tiles of I images, n tokens of a tile, p = side^2 pat
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -15,7 +15,7 @@ from transformers import PretrainedConfig
 from megarl.config import ModelConfig, ParallelConfig
 from megarl.models.common.vision import VisionInputs
 from megarl.models.common.vlm import VisionLanguageModel
-from megarl.models.llava.config import projector_config, validate, vision_config
+from megarl.models.llava.config import projector_config, vision_config
 from megarl.models.llava.towers import side
 from megarl.models.llava.vision import VisionModel, VisionProjection
 from megarl.parallel.groups import unpipelined
@@ -26,32 +26,6 @@ class LlavaModel(VisionLanguageModel):
     """One pipeline stage of LLaVA-1.5: an image is one tile, and its tokens stand as they are."""
 
     newline = False  # whether a token ends the rows of tiled images
-
-    @staticmethod
-    def media_tokens(hf: PretrainedConfig) -> tuple[int, ...]:
-        """Ids whose places images, or videos, take."""
-        return (hf.image_token_id,)
-
-    def __init__(
-        self,
-        hf: PretrainedConfig,
-        model: ModelConfig,
-        parallel: ParallelConfig,
-        *,
-        pre_process: bool = True,
-        post_process: bool = True,
-        vp_stage: int | None = None,
-    ) -> None:
-        validate(hf, parallel)
-        super().__init__(
-            hf,
-            model,
-            parallel,
-            media_token_ids=self.media_tokens(hf),
-            pre_process=pre_process,
-            post_process=post_process,
-            vp_stage=vp_stage,
-        )
 
     def build_vision(self, hf: PretrainedConfig, model: ModelConfig, parallel: ParallelConfig) -> None:
         tower = vision_config(hf, model, parallel)
@@ -124,9 +98,7 @@ class LlavaOnevisionModel(LlavaNextModel):
     A video's frames are one tile each, of a quarter of the tokens.
     """
 
-    @staticmethod
-    def media_tokens(hf: PretrainedConfig) -> tuple[int, ...]:
-        return hf.image_token_id, hf.video_token_id
+    media_tokens: ClassVar = ("image_token_id", "video_token_id")
 
     def build_vision(self, hf: PretrainedConfig, model: ModelConfig, parallel: ParallelConfig) -> None:
         super().build_vision(hf, model, parallel)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from transformers import PretrainedConfig
 
@@ -43,21 +43,7 @@ CLIP = Tower(
     mlp=("mlp.fc1", "mlp.fc2"),
     layer_scales=None,
 )
-SIGLIP = Tower(
-    prefix="vision_tower.vision_model.",
-    stem="embeddings.patch_embedding",
-    stem_bias=True,
-    position="embeddings.position_embedding.weight",
-    class_token=None,
-    pre_norm=None,
-    post_norm="post_layernorm",
-    layers="encoder.layers.",
-    norms=("layer_norm1", "layer_norm2"),
-    qkv=("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
-    proj="self_attn.out_proj",
-    mlp=("mlp.fc1", "mlp.fc2"),
-    layer_scales=None,
-)
+SIGLIP = replace(CLIP, stem_bias=True, class_token=None, pre_norm=None)
 DINOV2 = Tower(
     prefix="vision_tower.",
     stem="embeddings.patch_embeddings.projection",

@@ -7,6 +7,8 @@ decoder, K layers of the tower that the decoder sees beside its last one (DeepSt
 
 from __future__ import annotations
 
+from typing import ClassVar
+
 import torch
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer.mlp import MLP
@@ -31,7 +33,7 @@ from megarl.models.common.vision import (
     windows,
 )
 from megarl.models.common.vlm import VisionLanguageModel
-from megarl.models.qwen_vl.config import NORM_EPS, Tower, projector_config, tower, validate, vision_config
+from megarl.models.qwen_vl.config import NORM_EPS, Tower, projector_config, tower, vision_config
 from megarl.parallel.attention import packed_sequences
 from megarl.parallel.groups import unpipelined
 
@@ -111,26 +113,7 @@ class VisionProjection(Merger):
 class QwenVLModel(VisionLanguageModel):
     """One pipeline stage of Qwen2-VL, Qwen2.5-VL or Qwen3-VL."""
 
-    def __init__(
-        self,
-        hf: PretrainedConfig,
-        model: ModelConfig,
-        parallel: ParallelConfig,
-        *,
-        pre_process: bool = True,
-        post_process: bool = True,
-        vp_stage: int | None = None,
-    ) -> None:
-        validate(hf, parallel)
-        super().__init__(
-            hf,
-            model,
-            parallel,
-            media_token_ids=(hf.image_token_id, hf.video_token_id),
-            pre_process=pre_process,
-            post_process=post_process,
-            vp_stage=vp_stage,
-        )
+    media_tokens: ClassVar = ("image_token_id", "video_token_id")
 
     def build_vision(self, hf: PretrainedConfig, model: ModelConfig, parallel: ParallelConfig) -> None:
         vision = tower(hf)
