@@ -219,8 +219,13 @@ class RolloutManager:
     def _await_start(self, index: int) -> None:
         try:
             ray.get(self.engines[index].ping.remote(), timeout=_START_TIMEOUT_S)
-        except (RayActorError, RayTaskError, GetTimeoutError) as error:
+        except RayTaskError as error:  # raised by our code, or by SGLang's in the actor itself
             raise EngineError(f"engine {index} did not start: {error}") from error
+        except RayActorError as error:  # SGLang ends the actor when one of its processes fails
+            hint = "why is in what it printed, above and in worker-*.err under Ray's session_latest/logs"
+            raise EngineError(f"engine {index} did not start: {hint} ({death_cause(error)})") from error
+        except GetTimeoutError as error:
+            raise EngineError(f"engine {index} did not start in {_START_TIMEOUT_S:g} s") from error
 
 
 class _Rollout:

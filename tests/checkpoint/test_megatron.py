@@ -239,7 +239,7 @@ def write_and_die(reference: Reference, directory: str, victim: int) -> None:
     ).wait()
 
 
-@pytest.mark.parametrize("victim", [0, 1])
+@pytest.mark.parametrize("victim", [pytest.param(0, marks=pytest.mark.slow), 1])
 def test_killed_while_saving_the_previous_checkpoint_stays_the_latest(pool, references, tmp_path, caplog, victim):
     with pytest.raises(RankError, match=f"rank {victim}: the process ended with exit code -9"):
         pool.run(write_and_die, 2, references("gqa2_tied"), str(tmp_path), victim)

@@ -101,6 +101,7 @@ def bits(samples):
     return [(s.tokens.tobytes(), s.rollout_logprobs.tobytes()) for s in samples]
 
 
+@pytest.mark.slow
 def test_a_deterministic_rollout_does_not_depend_on_the_engine_or_its_past(deterministic_manager, processor):
     """Each share is drawn by the engine that served other requests before and by the one that did not."""
     manager = deterministic_manager

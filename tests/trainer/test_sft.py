@@ -113,9 +113,9 @@ def test_a_mistake_is_one_line(folder, tmp_path, capsys, change, message):
     assert message in last
 
 
-def test_never_resume_does_not_overwrite(folder, stopped):
-    text = run(folder / "never.log", *arguments(folder, "stopped", "trainer.resume=never"), status=2)
-    assert "holds a run with the checkpoint step_000040" in text
+def test_never_resume_does_not_overwrite(folder, stopped, capsys):
+    assert main(arguments(folder, stopped, "trainer.resume=never")) == 2
+    assert "holds a run with the checkpoint step_000040" in capsys.readouterr().err
 
 
 def test_a_damaged_checkpoint_is_named_and_the_one_before(folder, stopped):
