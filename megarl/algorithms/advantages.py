@@ -194,11 +194,13 @@ def gpg(trajectories: Sequence[Trajectory], config: AlgorithmConfig) -> list[np.
     those with a reward other than zero, as the authors' code counts (``algorithm.gpg_scale=nonzero``).
     """
     rewards = total_rewards(trajectories)
+    keep = np.array([t.keep for t in trajectories], bool)  # of the others the loss has no share already
     if config.gpg_scale == "nonzero":
-        counted = np.count_nonzero(rewards)
+        counted = np.count_nonzero(rewards[keep])
     else:
-        counted = sum(len(group) for group in group_indices(trajectories) if np.ptp(rewards[group]) > 0)
-    return _on_actions(trajectories, _centered(trajectories, rewards) * len(rewards) / max(counted, 1))
+        groups = group_indices(trajectories)
+        counted = sum(int(keep[group].sum()) for group in groups if np.ptp(rewards[group]) > 0)
+    return _on_actions(trajectories, _centered(trajectories, rewards) * keep.sum() / max(counted, 1))
 
 
 @register_advantage

@@ -13,6 +13,8 @@ from megarl.utils.checks import check_choice
 
 # Knobs that only some choices of another knob read: setting one where it does nothing is a mistake.
 _SURROGATES = ("ppo_clip", "luffy", "ppo_sft", "chord")
+_GROUPS = ("grpo", "dr_grpo", "rloo", "opo", "gpg", "grpo_passk", "max_rl", "multi_reward", "gdpo")
+_COMPARING = (*_GROUPS, "reinforce_plus_plus_baseline")  # advantages: with the other samples of a prompt
 _OF_EXPERTS = ("luffy", "srft", "ppo_sft", "chord")  # losses that tell an expert's actions from the policy's
 _READ_BY: dict[str, tuple[str, tuple[str, ...]]] = {
     "std": ("advantage", ("grpo", "grpo_passk", "multi_reward", "gdpo", "srft")),
@@ -52,7 +54,8 @@ _READ_BY: dict[str, tuple[str, tuple[str, ...]]] = {
         ["rollout_correction_level", "rollout_correction_high"], ("rollout_correction", ("truncate", "mask", "reject"))
     ),
 }
-_RATIOS = ("ppo_clip", "gspo", "gmpo", "clip_cov", "sapo", "cispo")  # to the old policy: losses that have them
+_RATIOS = (*_SURROGATES, "gspo", "gmpo", "clip_cov", "sapo", "cispo")  # to the old policy: losses that have them
+_WITHOUT_RATIO = ("reinforce", "srft")
 
 
 def load_plugins(config: AlgorithmConfig) -> None:
@@ -74,12 +77,17 @@ def check_algorithm(config: RunConfig) -> None:
     _check_experts(config)
     _check_correction(c)
     _check_models(config)
-    uncorrected = c.policy_loss != "sft" and c.rollout_correction == "none" and not c.bypass_old_logprobs
-    if config.trainer.max_staleness and uncorrected:
+    corrected = c.bypass_old_logprobs and c.policy_loss not in _WITHOUT_RATIO
+    if config.trainer.max_staleness and c.policy_loss != "sft" and c.rollout_correction == "none" and not corrected:
         raise ValueError(
             f"trainer.max_staleness={config.trainer.max_staleness} trains on what older weights sampled: weigh it with "
-            "algorithm.rollout_correction=truncate (or mask, reject), or take the engine's log-probs for the old "
-            "policy's with algorithm.bypass_old_logprobs=True"
+            "algorithm.rollout_correction=truncate (or mask, reject), or, with a loss that has a ratio, take the "
+            "engine's log-probs for the old policy's with algorithm.bypass_old_logprobs=True"
+        )
+    if c.num_minibatches > config.data.prompts_per_step:
+        raise ValueError(
+            f"algorithm.num_minibatches={c.num_minibatches}: a step has data.prompts_per_step="
+            f"{config.data.prompts_per_step} groups, and a group is never cut"
         )
 
 
@@ -114,8 +122,21 @@ def _check_rewards(c: AlgorithmConfig, group_size: int) -> None:
                 f"algorithm.overlong_buffer={c.overlong_buffer} does nothing with algorithm.advantage={c.advantage} "
                 "unless algorithm.reward_weights names overlong"
             )
-    alone = ("grpo", "dr_grpo", "rloo", "opo", "gpg", "grpo_passk", "max_rl", "multi_reward", "gdpo")
-    if group_size == 1 and c.advantage in (*alone, "reinforce_plus_plus_baseline") and c.policy_loss != "sft":
+    for advantage, why in (("max_rl", "needs rewards of at least 0"), ("srft", "reads the reward alone")):
+        if c.overlong_buffer and c.advantage == advantage:
+            raise ValueError(
+                f"algorithm.overlong_buffer={c.overlong_buffer} takes from the reward: algorithm.advantage={advantage} "
+                f"{why}"
+            )
+    if c.reshape_weight == 0 and "p_div_p" in (c.on_policy_reshape, c.off_policy_reshape):
+        raise ValueError("algorithm.reshape_weight=0: p_div_p divides by p + algorithm.reshape_weight, and p may be 0")
+    for loss in ("gspo", "gmpo"):
+        if c.policy_loss == loss and c.loss_weights == "token_mean":
+            raise ValueError(
+                f"algorithm.policy_loss={loss} has one ratio a response and weighs responses alike, not their tokens: "
+                f"algorithm={loss} sets algorithm.loss_weights too"
+            )
+    if group_size == 1 and c.advantage in _COMPARING and c.policy_loss != "sft":
         raise ValueError(
             f"algorithm.advantage={c.advantage} compares the samples of a prompt with each other: "
             "rollout.group_size=1 would teach nothing"
@@ -143,6 +164,11 @@ def _check_experts(config: RunConfig) -> None:
         raise ValueError(
             f"{strategy}: algorithm.num_expert_samples={c.num_expert_samples} of rollout.group_size={group_size} must "
             f"lie between 1 and {most} (hint: or be -1)"
+        )
+    if c.expert_gate >= 0 and c.num_expert_samples == most and c.advantage in _COMPARING:
+        raise ValueError(
+            f"algorithm.expert_gate={c.expert_gate} trains a group on the policy's own samples or on the expert's: of "
+            f"rollout.group_size={group_size} one is the policy's, and nothing is left to compare it with"
         )
     if c.expert_strategy == "stream" and not 0 < c.expert_share < 1:
         raise ValueError(f"{strategy}: algorithm.expert_share={c.expert_share} must lie between 0 and 1")
@@ -202,6 +228,8 @@ def _check_models(config: RunConfig) -> None:
 
 def _check_divergence(c: AlgorithmConfig) -> None:
     """What is taken from the reward, and the reference."""
+    if c.kl_in_reward and c.advantage == "max_rl":
+        raise ValueError("algorithm.kl_placement=reward: algorithm.advantage=max_rl needs rewards of at least 0")
     if c.kl_in_reward and c.advantage in ("multi_reward", "gdpo", "srft"):
         raise ValueError(
             f"algorithm.kl_placement=reward does nothing with algorithm.advantage={c.advantage}, which does not read "

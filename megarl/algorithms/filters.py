@@ -96,6 +96,7 @@ def apply_filters(samples: Sequence[Sample], config: AlgorithmConfig, longest: i
     if config.overlong_buffer:
         lengths = np.array([sample.response_length for sample in samples])
         punishment = overlong_punishment(lengths, longest, config.overlong_buffer * longest)
+        punishment[[sample.is_expert for sample in samples]] = 0.0  # an expert is imitated, however long
         for sample, value in zip(samples, config.overlong_penalty * punishment, strict=True):
             sample.rewards["overlong"] = float(value)
             earned = np.zeros(len(sample.loss_mask), np.float32)

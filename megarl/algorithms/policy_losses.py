@@ -220,7 +220,8 @@ def _reshaped_ratio(actions: Actions, config: AlgorithmConfig) -> Tensor:
     if name == "p_logp":
         return log_ratio.exp() + config.reshape_weight * (actions.logprobs - actions.old_logprobs)
     if name == "p_div_p":
-        return RESHAPES[name](actions.logprobs, config) / RESHAPES[name](actions.old_logprobs, config)
+        weight = config.reshape_weight  # p / (p + w) over that of p_old, which may be 0
+        return log_ratio.exp() * (actions.old_logprobs.exp() + weight) / (actions.logprobs.exp() + weight)
     return RESHAPES[name](log_ratio, config)  # powers: f(p) / f(p_old) = f(p / p_old)
 
 

@@ -30,6 +30,7 @@ from megarl.parallel.groups import shard_group
 INDEX_FILE = "model.safetensors.index.json"
 DERIVED = re.compile(r".*\.rotary_emb\.inv_freq")  # buffers that older files hold and config.json determines
 
+_CERTIFICATE = "parity.json"  # of a conversion: true of the weights beside it, and of no others
 _WEIGHT_FILE = re.compile(r".*\.(safetensors|bin|pt|pth|gguf|h5|msgpack|index\.json)$")
 _MAX_LISTED = 20
 
@@ -104,17 +105,28 @@ class HFReader:
             paths = sorted(self.directory.glob("*.safetensors"))
             if not paths:
                 raise CheckpointError(f"{self.directory}: no .safetensors file (pickled weights are not read)")
-            return {name: path for path in paths for name in self._open(path).keys()}  # noqa: SIM118
+            return self._files_of(paths, {})
         weight_map: dict[str, str] = json.loads(index.read_text())["weight_map"]
         lost = sorted({file for file in weight_map.values() if not (self.directory / file).is_file()})
         if lost:
             keys = [name for name, file in weight_map.items() if file in lost]
             raise CheckpointError(f"{self.directory}: missing files {listed(lost)} with the keys {listed(keys)}")
         paths = [self.directory / file for file in sorted(set(weight_map.values()))]
-        names = {name: path for path in paths for name in self._open(path).keys()}  # noqa: SIM118
+        names = self._files_of(paths, {name: self.directory / file for name, file in weight_map.items()})
         absent = sorted(set(weight_map) - set(names))
         if absent:
             raise CheckpointError(f"{self.directory}: {INDEX_FILE} promises keys that no file holds: {listed(absent)}")
+        return names
+
+    def _files_of(self, paths: list[Path], named: dict[str, Path]) -> dict[str, Path]:
+        """The file of each tensor that ``paths`` hold; of several the one that ``named`` has, or an error."""
+        names: dict[str, Path] = {}
+        for path in paths:
+            for name in self._open(path).keys():  # noqa: SIM118
+                if names.setdefault(name, path) != path and name not in named:
+                    raise CheckpointError(f"{self.directory}: {names[name].name} and {path.name} both hold {name}")
+                if named.get(name) == path:
+                    names[name] = path
         return names
 
     def _open(self, path: Path) -> safe_open:
@@ -189,6 +201,19 @@ def check_keys(reader: HFReader, mappings: list[Mapping], *, tied: bool) -> list
     return problems + ([f"unknown keys: {listed(unknown)}"] if unknown else [])
 
 
+def _first_rank() -> bool:
+    return not dist.is_initialized() or dist.get_rank() == 0
+
+
+def _tie_problem(reader: HFReader, mappings: list[Mapping]) -> list[str]:
+    """A stored output layer that is not the embedding: transformers would use it, and a tied model cannot hold it."""
+    output = tied_output(mappings)
+    embedding = output.removesuffix("lm_head.weight") + "model.embed_tokens.weight"
+    if output not in reader or embedding not in reader or torch.equal(reader[output], reader[embedding]):
+        return []
+    return [f"{output} is not {embedding}, and config.json ties them: set tie_word_embeddings to false there"]
+
+
 def parameters_of(model: nn.Module, global_name: Callable[[str], str]) -> dict[str, list[nn.Parameter]]:
     """This rank's parameters by their name in the unsplit model; a tied pair may share a name."""
     found: dict[str, list[nn.Parameter]] = {}
@@ -221,6 +246,8 @@ def check_load(reader: HFReader, mappings: list[Mapping], model: nn.Module, *, t
     Reads file headers only. Wrong are keys that are missing or unknown, shapes, and parameters without a mapping.
     """
     problems = check_keys(reader, mappings, tied=tied)
+    if tied and _first_rank():
+        problems += _tie_problem(reader, mappings)
     local, known = parameters_of(model, model.global_name), {mapping.megatron for mapping in mappings}
     problems += [f"{name}: the mapping table has no such parameter" for name in sorted(set(local) - known)]
     if not problems:
@@ -262,11 +289,12 @@ def load_hf(model: nn.Module, mappings: list[Mapping], directory: str | Path) ->
 
 
 def copy_auxiliary_files(source: str | Path, destination: str | Path) -> None:
-    """Copy configuration, tokenizer and processor: every regular file of ``source`` that holds no weights."""
+    """Copy configuration, tokenizer and processor: all files of ``source`` but weights and what certifies them."""
     destination = Path(destination)
     destination.mkdir(parents=True, exist_ok=True)
     for path in sorted(Path(source).iterdir()):
-        if path.is_file() and not path.name.startswith(".") and not _WEIGHT_FILE.match(path.name):
+        left = path.name == _CERTIFICATE or path.name.startswith(".") or _WEIGHT_FILE.match(path.name)
+        if path.is_file() and not left:
             shutil.copyfile(path, destination / path.name)
 
 

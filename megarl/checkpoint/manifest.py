@@ -23,7 +23,8 @@ from megarl.checkpoint.huggingface import CheckpointError
 MANIFEST_FILE = "manifest.json"
 FORMAT = 1
 
-_STEP_DIRECTORY = re.compile(r"step_(\d{6,})$")
+_STEP_DIRECTORY = re.compile(r"step_(\d{6,})")
+ASIDE = "abandoned_"  # what comes before the name of a checkpoint from whose past a run went on
 logger = logging.getLogger(__name__)
 
 
@@ -123,7 +124,7 @@ def _by_step(directory: str | Path) -> list[tuple[int, Path]]:
     directory = Path(directory)
     if not directory.is_dir():
         return []
-    found = [(_STEP_DIRECTORY.search(path.name), path) for path in directory.iterdir() if path.is_dir()]
+    found = [(_STEP_DIRECTORY.fullmatch(path.name), path) for path in directory.iterdir() if path.is_dir()]
     return sorted((int(match[1]), path) for match, path in found if match)
 
 
@@ -139,6 +140,18 @@ def latest(directory: str | Path) -> Path | None:
             return path
         logger.warning("%s was interrupted before it was complete: ignored", path)
     return None
+
+
+def set_aside(directory: str | Path, step: int) -> list[Path]:
+    """Rename the checkpoints of later steps than ``step``, from which a run goes on anew; their new paths."""
+    moved = []
+    for later, path in _by_step(directory):
+        if later > step:
+            aside = path.with_name(ASIDE + path.name)
+            if aside.exists():
+                discard(aside)
+            moved.append(path.rename(aside))
+    return moved
 
 
 def discard(path: Path) -> None:

@@ -40,6 +40,7 @@ from torch.distributed.checkpoint.metadata import Metadata
 from megarl.checkpoint import writer
 from megarl.checkpoint.huggingface import CheckpointError, copy_auxiliary_files, listed, read_config
 from megarl.checkpoint.manifest import (
+    ASIDE,
     MANIFEST_FILE,
     Manifest,
     complete,
@@ -49,6 +50,7 @@ from megarl.checkpoint.manifest import (
     latest,
     prune,
     read_manifest,
+    set_aside,
     step_directory,
     write_manifest,
 )
@@ -59,7 +61,18 @@ from megarl.config import RunConfig
 from megarl.experiment import to_yaml
 from megarl.models.common.lora import CHILD, is_adapted
 
-__all__ = ["Handle", "TrainedPart", "complete", "latest", "load", "prune", "save", "step_directory"]
+__all__ = [
+    "ASIDE",
+    "Handle",
+    "TrainedPart",
+    "complete",
+    "latest",
+    "load",
+    "prune",
+    "save",
+    "set_aside",
+    "step_directory",
+]
 
 logger = logging.getLogger(__name__)
 

@@ -21,6 +21,7 @@ from torch import Tensor
 from megarl.checkpoint.huggingface import CheckpointError
 
 KEYS = ("param", "exp_avg", "exp_avg_sq")
+PIECE = 8 << 20  # elements that a rank sends at a time
 
 # the only optimizer format of mcore 0.16 that loads at another layout and for float32 parameters, gathered on the first
 # data-parallel rank
@@ -31,12 +32,18 @@ OPTIMIZER_FORMAT = {
 }
 
 
-def _gather(shard: Tensor, group: dist.ProcessGroup) -> Tensor | None:
-    """The shards of all ranks end to end on the CPU of the first rank of ``group``, None elsewhere."""
+def _gather(shard: Tensor, whole: Tensor, group: dist.ProcessGroup) -> None:
+    """Write the shards of all ranks end to end to ``whole`` [n shard] on the CPU of the first rank of ``group``.
+
+    Piece by piece: a bucket may be as large as the model, for which the device has no room.
+    """
     first = dist.get_process_group_ranks(group)[0]
-    shards = [torch.empty_like(shard) for _ in range(group.size())] if group.rank() == 0 else None
-    dist.gather(shard, shards, dst=first, group=group)
-    return None if shards is None else torch.cat(shards).cpu()
+    for start in range(0, len(shard), PIECE):
+        piece = shard[start : start + PIECE]
+        pieces = [torch.empty_like(piece) for _ in range(group.size())] if group.rank() == 0 else None
+        dist.gather(piece, pieces, dst=first, group=group)
+        for rank, theirs in enumerate(pieces or []):
+            whole[rank * len(shard) + start :][: len(theirs)] = theirs
 
 
 def _parameter_state(
@@ -64,9 +71,7 @@ def _parameter_state(
                 for key in KEYS:
                     shards[key][where["gbuf_local"].start : where["gbuf_local"].end].copy_(tensors[key])
             for key in KEYS:
-                gathered = _gather(shards[key], group)
-                if gathered is not None:
-                    whole[key][offset : offset + size] = gathered
+                _gather(shards[key], whole[key][offset : offset + size], group)
             offset += size
         state[number] = {dtype: whole}
     return state if return_on_all_ranks or group.rank() == 0 else None

@@ -58,7 +58,7 @@ class AlgorithmConfig:
     # prompts of their own (stream)
     expert_strategy: str = "none"  # none | random | hint | stream
     expert_share: float = 1.0  # of the step's prompts, drawn at random; stream: of the step's samples
-    num_expert_samples: int = 1  # of a group; with expert_gate on top of it; hint: -1 for all
+    num_expert_samples: int = 1  # of a group, in the place of own ones; hint: -1 for all
     expert_tasks: dict[str, float] = field(default_factory=dict)  # stream: shares of tasks; empty: those of the run
     hint_low: float = 0.0  # bounds of the share of an answer that a hint is
     hint_high: float = 1.0

@@ -165,5 +165,9 @@ class OptimizerConfig:
         check_choice("optimizer.lr_decay_style", self.lr_decay_style, ["constant", "linear", "cosine"])
         check_not_negative("optimizer", self, "lr", "min_lr", "lr_warmup_steps", "weight_decay")
         check_positive("optimizer", self, "eps", "clip_grad")
+        if self.min_lr and self.lr_decay_style == "constant":
+            raise ValueError(f"optimizer.min_lr={self.min_lr} does nothing with optimizer.lr_decay_style=constant")
+        if self.min_lr > self.lr:
+            raise ValueError(f"optimizer.min_lr={self.min_lr} must not be above optimizer.lr={self.lr}")
         if not all(0 <= beta < 1 for beta in self.betas):
             raise ValueError(f"optimizer.betas={tuple(self.betas)} must lie in [0, 1)")

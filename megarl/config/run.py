@@ -22,8 +22,8 @@ class TrainerConfig:
     share_prompts: bool = False  # compute a prompt once for all of its samples in a microbatch (sdpa attention)
     # moved to host memory while engines generate: of optimizer | gradients | parameters
     offload: list[str] = field(default_factory=list)
-    # optimizer steps by which the weights that sample may be older than those that learn: engines generate the next
-    # steps while the ranks train; 0: they take turns
+    # steps (of algorithm.num_minibatches optimizer steps each) by which the weights that sample may be older than those
+    # that learn: engines generate the next steps while the ranks train; 0: they take turns
     max_staleness: int = 0
     resume: str = "auto"  # auto: the newest complete checkpoint of run_dir | never | a checkpoint's path
     eval_every: int = 0  # steps; 0: only before the first and after the last

@@ -36,7 +36,7 @@ def _open(data: bytes | Path, max_pixels: int) -> tuple[Image.Image, int]:
         raise ValueError(f"cannot read its header ({size} bytes): {error}") from error
     if image.width * image.height > max_pixels:
         raise ValueError(f"{image.width} x {image.height} pixels are more than data.max_image_pixels={max_pixels}")
-    return image, orientation
+    return image, 1 if image.format == "TIFF" else orientation  # Pillow turns these itself
 
 
 def image_size(data: bytes | Path, max_pixels: int) -> tuple[int, int]:

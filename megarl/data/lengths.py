@@ -7,6 +7,7 @@ It does not say what the images were: a row is measured again when it is drawn.
 from __future__ import annotations
 
 import hashlib
+import inspect
 import json
 import os
 import tempfile
@@ -54,17 +55,24 @@ def row_lengths(
     processor: Processor,
     data: DataConfig,
     *,
+    kwargs: dict[str, Any] | None = None,
     folder: Path | None = None,
     progress: Progress | None = None,
 ) -> np.ndarray:
     """[rows] int32 tokens of each training row, measured or as kept in ``folder`` (default: the user's cache).
 
+    ``kwargs``: of ``rows``, as configured.
     Raises ``ValueError`` that names the first row that is bad.
     """
     folder = folder or Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "megarl" / "lengths"
     what = {
         "format": FORMAT,
         "measurer": type(measurer).__name__,
+        "task": [
+            f"{type(rows).__module__}.{type(rows).__qualname__}",
+            kwargs,
+            _stamp(Path(inspect.getfile(type(rows)))),
+        ],
         "processor": fingerprint(processor),
         "data": {key: value for key, value in asdict(data).items() if key not in _IRRELEVANT},
         "files": [_stamp(Path(path)) for path in rows.paths("train")],

@@ -73,6 +73,12 @@ def multiples(parallel: ParallelConfig) -> tuple[int, int]:
     return context * math.lcm(chunks, tensor if parallel.sequence_parallel else 1), context * chunks
 
 
+def most_tokens(config: RunConfig) -> int:
+    """The longest sequence that a microbatch of ``config`` can hold."""
+    multiple, sequence_multiple = multiples(config.parallel)
+    return config.trainer.max_tokens_per_microbatch // multiple * multiple // sequence_multiple * sequence_multiple
+
+
 def _round_up(number: int, multiple: int) -> int:
     return -(-number // multiple) * multiple
 

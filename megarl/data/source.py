@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import zlib
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -46,9 +47,9 @@ class PromptSource:
     """Training prompts of ``tasks`` (name -> task, weight) in an order that depends on ``seed`` and counters alone.
 
     Finite tasks are shuffled anew every epoch (``data.shuffle``); endless ones start at a place of their seed. Prompts
-    longer than ``limit`` are dropped and counted, never cut; after the first epoch they are not read
-    again. The mixture keeps every task's share of
-    the prompts handed out within one of its weight's share.
+    longer than ``limit``, or of more patches than ``max_patches``, are dropped and counted, never cut; after the first
+    epoch they are not read again. The mixture keeps every task's share of the prompts handed out within one of its
+    weight's share.
     """
 
     def __init__(
@@ -58,6 +59,7 @@ class PromptSource:
         data: DataConfig,
         *,
         limit: Limit,
+        max_patches: int | None = None,
         seed: int = 0,
         lengths: Mapping[str, np.ndarray] | None = None,
     ) -> None:
@@ -71,6 +73,7 @@ class PromptSource:
         self.tasks = {name: task for name, (task, weight) in tasks.items() if weight > 0}
         self.shares = {name: weight / total for name, (_, weight) in tasks.items() if weight > 0}
         self.processor, self.data, self.limit, self.seed = processor, data, limit, seed
+        self.max_patches = math.inf if max_patches is None else max_patches
         self.sizes = {name: task.num_prompts("train") for name, task in self.tasks.items()}
         for name, size in self.sizes.items():
             if size == 0:
@@ -103,20 +106,19 @@ class PromptSource:
                 continue
             # headers of images are enough to see that a prompt is too long
             encoded = self.processor.lay_out(self.tasks[name].prompt("train", index))
-            if len(encoded.tokens) <= limit.tokens:
+            tokens, patches = len(encoded.tokens), encoded.media.num_patches
+            if tokens > limit.tokens:
+                why = f"{tokens} tokens are more than {limit.name}={limit.tokens}"
+            elif patches > self.max_patches:
+                why = f"{patches} patches are more than trainer.max_patches_per_microbatch={self.max_patches}"
+            else:
                 self.processor.check(encoded)
                 return encoded
             self.dropped[name] += 1
             if self.sizes[name] is not None:
                 self._overlong[name].add(index)
-            logger.log(
-                logging.WARNING if self.dropped[name] == 1 else logging.DEBUG,
-                "%s: dropped: %d tokens are more than %s=%d (further ones are only counted)",
-                encoded.prompt.name,
-                len(encoded.tokens),
-                limit.name,
-                limit.tokens,
-            )
+            level = logging.WARNING if self.dropped[name] == 1 else logging.DEBUG
+            logger.log(level, "%s: dropped: %s (further ones are only counted)", encoded.prompt.name, why)
         raise ValueError(f"task {name!r}: {patience} prompts in a row are longer than {limit.name}={limit.tokens}")
 
     def _index(self, name: str) -> int:

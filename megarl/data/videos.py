@@ -98,7 +98,7 @@ def _read_header(data: bytes, limits: Limits) -> Header:
         if not fps:
             raise ValueError("its header names no frame rate")
         seconds = stream.duration * stream.time_base if stream.duration else (container.duration or 0) / 1_000_000
-        return Header(stream.frames or round(float(seconds) * fps), stream.height, stream.width, fps)
+        return Header(stream.frames or max(1, int(float(seconds) * fps)), stream.height, stream.width, fps)
 
 
 def decode_frames(data: bytes, indices: Sequence[int], limits: Limits) -> Iterator[Image.Image]:

@@ -19,6 +19,10 @@ from megarl.workers.group import WorkerError
 
 def train(config: RunConfig) -> int:
     """``megarl train``: reinforcement learning; the exit status."""
+    if config.algorithm.policy_loss == "sft":
+        raise ValueError(
+            "algorithm.policy_loss=sft imitates whatever was sampled, right or wrong: `megarl sft` trains it"
+        )
     return _fit(PipelinedTrainer if config.trainer.max_staleness else RLTrainer, config)
 
 
@@ -30,8 +34,8 @@ def sft(config: RunConfig) -> int:
 
 
 def _fit(trainer_class: type[RLTrainer] | type[SFTTrainer], config: RunConfig) -> int:
-    check(config)
     config = with_num_steps(config)
+    check(config)
     run = Run(config)
     with cluster(), run:
         trainer = trainer_class(config, run)

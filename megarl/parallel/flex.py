@@ -28,7 +28,9 @@ def block_mask(cu_seqlens: Tensor, parents: Tensor | None, *, causal: bool) -> B
             own = own & (key <= query)
         return own | (above[query] == sequences[key])
 
-    return create_block_mask(visible, None, None, num_tokens, num_tokens, device=device)
+    # compiled it sees a block at a time; else it writes out all pairs of tokens first
+    compiled = device.type == "cuda"
+    return create_block_mask(visible, None, None, num_tokens, num_tokens, device=device, _compile=compiled)
 
 
 @cache

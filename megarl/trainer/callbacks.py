@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from functools import partial
 from typing import Any, Protocol
 
@@ -67,6 +68,7 @@ class MismatchAlarm(Callback):
     """Trainer and engine that disagree: told once, or the end of the run (``debug.logprob_diff_alarm``)."""
 
     told = False
+    failure = ""
 
     def on_step(self, samples: list[Sample], metrics: dict[str, float]) -> None:
         threshold = self.config.debug.logprob_diff_alarm
@@ -74,10 +76,14 @@ class MismatchAlarm(Callback):
         if self.config.trainer.max_staleness and not threshold:
             return  # older weights differ
         if text and threshold:
-            raise RunFailure(f"step {self.trainer.step}: {text}")
-        if text and not self.told:
+            self.failure = f"step {self.trainer.step}: {text}"
+        elif text and not self.told:
             self.told = True
             self.run.console.message(f"step {self.trainer.step}: {text}")
+
+    def on_logged(self) -> None:
+        if self.failure:
+            raise RunFailure(self.failure)
 
 
 class SaveRollouts(Callback):
@@ -120,11 +126,22 @@ class Save(Callback):
         if self.trainer.step:
             self.run.save(self.trainer.workers, self.trainer.step, self.trainer.state_dict(), wait=True)
         if self.config.checkpoint.export_hf:
-            self.trainer.workers.call("write_hf", str(self.run.directory / "hf"))
+            self.export("hf", "write_hf")
             if self.config.trainer.ema_decay:
-                self.trainer.workers.call("write_hf", str(self.run.directory / "hf_ema"), average=True)
+                self.export("hf_ema", "write_hf", average=True)
             if self.config.model.lora.rank:
-                self.trainer.workers.call("write_adapters", str(self.run.directory / "adapter"))
+                self.export("adapter", "write_adapters")
+
+    def export(self, name: str, method: str, **options: bool) -> None:
+        """Have the ranks write ``name`` in the run's directory; one that is there is replaced when all is written."""
+        target, new, old = (self.run.directory / path for path in (name, f".{name}.new", f".{name}.old"))
+        for path in (new, old):
+            shutil.rmtree(path, ignore_errors=True)
+        self.trainer.workers.call(method, str(new), **options)
+        if target.exists():
+            target.rename(old)
+        new.rename(target)
+        shutil.rmtree(old, ignore_errors=True)
 
 
 class Report(Callback):

@@ -73,11 +73,12 @@ class Demonstrator:
                 samples.append(sample)
         return samples
 
-    def metrics(self, samples: Sequence[Sample], step: int) -> dict[str, float]:
-        """What experts had to do with ``samples`` of ``step``, from 0."""
+    def metrics(self, samples: Sequence[Sample], step: int, state: dict[str, Any]) -> dict[str, float]:
+        """What experts had to do with ``samples`` of ``step``, from 0; ``state``: that of behind their prompts."""
         if self.algorithm.expert_strategy == "none":
             return {}
-        metrics = {"expert/overlong_dropped": float(self.dropped), "expert/missing": float(self.missing)}
+        counts = state["demonstrations"]
+        metrics = {"expert/overlong_dropped": float(counts["dropped"]), "expert/missing": float(counts["missing"])}
         shown = [sample for sample in samples if sample.has_expert]
         metrics["expert/samples"] = float(len(shown))
         if shown and self.source is None:  # a stream's answers are not judged

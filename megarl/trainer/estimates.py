@@ -45,5 +45,6 @@ class Estimator:
         return {"kl_coef": self.controller.coef}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on from ``state_dict``; without one, from the configuration."""
-        self.controller.coef = state.get("kl_coef", self.controller.coef)
+        """Go on from ``state_dict``; without one, or where nothing steers the coefficient, from the configuration."""
+        if self.controller.target:
+            self.controller.coef = state.get("kl_coef", self.controller.coef)

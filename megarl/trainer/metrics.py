@@ -33,7 +33,7 @@ def sample_metrics(samples: Sequence[Sample]) -> dict[str, float]:
         spread("critic/values", values)
         spread("critic/returns", returns)
         metrics["critic/vf_explained_var"] = 1 - np.var(returns - values) / (np.var(returns) + 1e-5)
-    spread("response_length", [s.response_length for s in samples])
+    spread("response_length", [s.own_mask.sum() for s in samples if not s.is_expert])
     spread("prompt_length", [len(s.tokens) - s.response_length for s in samples])
     metrics["response_length/clip_ratio"] = np.mean([s.finish_reason == "length" for s in samples])
     parts: dict[str, list[float]] = defaultdict(list)
@@ -49,7 +49,7 @@ def sample_metrics(samples: Sequence[Sample]) -> dict[str, float]:
 
 
 def staleness_metrics(samples: Sequence[Sample], version: int) -> dict[str, float]:
-    """How many optimizer steps older than ``version`` the weights were that chose the actions, and who saw several."""
+    """How many steps older than ``version`` the weights were that chose the actions, and who saw several."""
     spans = [s.weight_versions[s.own_mask] for s in samples if s.weight_versions is not None and s.own_mask.any()]
     if not spans:
         return {}

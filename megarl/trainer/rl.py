@@ -52,11 +52,8 @@ class RLTrainer:
         self.estimator.load_state_dict(saved)
         self.demonstrator = Demonstrator(config, self.tasks, self.processor)
         self.demonstrator.load_state_dict(saved)
-        self.state: dict[str, Any] = {
-            "source": self.source.state_dict(),
-            **self.demonstrator.state_dict(),
-            **self.estimator.state_dict(),
-        }
+        self.dropped: int = saved.get("reward_dropped", 0)
+        self.state = self.positions({"source": self.source.state_dict(), **self.demonstrator.state_dict()})
         self.rewards = RewardRunner(reward_functions(config), config.rewards)
         self.rollout = RolloutManager(
             self.engine_config(hf_dir), hf_dir, sync=lambda engines: self.sync.resend(engines, self.step)
@@ -79,7 +76,6 @@ class RLTrainer:
             Save(self),
             Report(self),
         ]
-        self.dropped = 0
 
     def fit(self) -> int:
         """Train to ``trainer.num_steps`` or until told to stop; the exit status."""
@@ -98,7 +94,7 @@ class RLTrainer:
                 self.workers.load(minibatches, self.step)
                 self.workers.score()
                 metrics |= balance_metrics(minibatches) | self.workers.train()
-                self.step, self.state = step, rollout.positions | self.estimator.state_dict()
+                self.step, self.state = step, self.positions(rollout.positions)
                 with self.run.timer("update_weights"):
                     metrics |= self.push(must_change=metrics["actor/grad_norm"] * metrics["actor/lr"] > 0)
             for callback in self.callbacks:
@@ -138,13 +134,15 @@ class RLTrainer:
         return replace(self.config, rollout=rollout)
 
     def canary(self) -> EncodedPrompt:
-        """A held-out prompt, with an image if one of the first has any."""
-        candidates = [
-            self.processor.encode(task.prompt("eval", index))
-            for task in self.tasks.values()
-            for index in range(min(4, task.num_prompts("eval") or 4))
-        ]
-        return next((prompt for prompt in candidates if prompt.media.images), candidates[0])
+        """A held-out prompt, or a training prompt where none is held out, with an image if one of the first has any."""
+        candidates = []
+        for task in self.tasks.values():
+            split = "train" if task.num_prompts("eval") == 0 else "eval"
+            size = task.num_prompts(split)
+            prompts = range(4 if size is None else min(4, size))
+            candidates += [self.processor.encode(task.prompt(split, index)) for index in prompts]
+        fitting = [prompt for prompt in candidates if len(prompt.tokens) <= self.config.data.max_prompt_length]
+        return next((prompt for prompt in fitting if prompt.media.images), (fitting or candidates)[0])
 
     def weigh(self, rollout: Rollout) -> dict[str, float]:
         """Choose what is trained and give every action its advantage; what the samples say for the log."""
@@ -160,14 +158,20 @@ class RLTrainer:
             "data/overlong_dropped": sum(rollout.positions["source"]["dropped"].values()),
             "reward/dropped": self.dropped,
         }
-        demonstrated = self.demonstrator.metrics(samples + rollout.stream, self.step)
+        demonstrated = self.demonstrator.metrics(samples + rollout.stream, self.step, rollout.positions)
         return sample_metrics(samples) | staleness_metrics(samples, self.step) | filtered | dropped | demonstrated
 
     def pack(self, samples: list[Sample]) -> list[list[list[PackedBatch]]]:
-        """``[optimizer step][data-parallel rank][microbatch]``: groups are dealt to optimizer steps, then weighed."""
+        """``[optimizer step][data-parallel rank][microbatch]``: groups are dealt to optimizer steps, then weighed.
+
+        There are fewer optimizer steps where fewer groups are left; ``RunFailure`` where none is.
+        """
         algorithm, longest = self.config.algorithm, self.config.rollout.max_new_tokens
+        kept = [sample for sample in samples if sample.keep]
+        if not kept:
+            raise RunFailure(f"step {self.step + 1}: the filters leave none of {len(samples)} samples (filter/*)")
         minibatches = []
-        for minibatch in deal_groups([sample for sample in samples if sample.keep], algorithm.num_minibatches):
+        for minibatch in filter(None, deal_groups(kept, algorithm.num_minibatches)):
             for sample, weights in zip(minibatch, compute_loss_weights(minibatch, algorithm, longest), strict=True):
                 sample.loss_weights = weights
             minibatches.append(pack_bins(minibatch, self.packing, self.workers.data_parallel_size))
@@ -177,6 +181,10 @@ class RLTrainer:
         """Metrics on held-out prompts."""
         self.workers.release()
         return self.evaluation.run(self.step, progress=partial(self.run.console.progress, "evaluate"))
+
+    def positions(self, drawn: dict[str, Any]) -> dict[str, Any]:
+        """Where a resumed run goes on: behind the prompts and answers ``drawn``, with what this run has counted."""
+        return drawn | self.estimator.state_dict() | {"reward_dropped": self.dropped}
 
     def state_dict(self) -> dict[str, Any]:
         """What a resumed run needs beyond the weights, as of the last finished step."""

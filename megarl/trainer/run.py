@@ -30,6 +30,7 @@ from megarl.checkpoint.huggingface import read_config
 from megarl.config import RunConfig
 from megarl.data.conversations import Conversations
 from megarl.data.lengths import row_lengths
+from megarl.data.packing import most_tokens
 from megarl.data.processors import Processor
 from megarl.data.source import Limit, PromptSource
 from megarl.experiment import to_yaml
@@ -64,11 +65,17 @@ def check(config: RunConfig) -> None:
     key, response = "rollout.max_new_tokens", config.rollout.max_new_tokens
     if config.algorithm.expert_strategy != "none" and config.data.max_target_length > response:
         key, response = "data.max_target_length", config.data.max_target_length
-    limit = hf_config.get_text_config().max_position_embeddings
-    if config.algorithm.policy_loss != "sft" and config.data.max_prompt_length + response > limit:
+    if config.algorithm.policy_loss == "sft":
+        return
+    prompt, limit = config.data.max_prompt_length, hf_config.get_text_config().max_position_embeddings
+    if prompt + response > limit:
         raise ValueError(
-            f"data.max_prompt_length={config.data.max_prompt_length} and {key}={response} are more than the model's "
-            f"{limit} positions"
+            f"data.max_prompt_length={prompt} and {key}={response} are more than the model's {limit} positions"
+        )
+    if prompt + response - 1 > most_tokens(config):  # the last token is not read
+        raise ValueError(
+            f"data.max_prompt_length={prompt} and {key}={response} are more than the {most_tokens(config)} tokens that "
+            f"fit a microbatch of trainer.max_tokens_per_microbatch={config.trainer.max_tokens_per_microbatch}"
         )
 
 
@@ -119,7 +126,8 @@ def prompt_source(
     for name, (task, weight) in weighted.items():
         if weight > 0 and config.data.filter_overlong_prompts and hasattr(task, "outline"):  # rows of files
             start = time.monotonic()
-            lengths[name] = row_lengths(task, encoder, processor, config.data)
+            kwargs = config.tasks[name].kwargs
+            lengths[name] = row_lengths(task, encoder, processor, config.data, kwargs=kwargs)
             longer = np.flatnonzero(lengths[name] > limit.tokens)
             first = f", {task.outline('train', int(longer[0])).name} the first of them" if len(longer) else ""
             say(
@@ -127,7 +135,15 @@ def prompt_source(
                 f"{limit.tokens} and are dropped{first}; the longest has {lengths[name].max(initial=0)} "
                 f"({time.monotonic() - start:.1f} s)"
             )
-    return PromptSource(weighted, encoder, config.data, limit=limit, seed=config.seed, lengths=lengths)
+    return PromptSource(
+        weighted,
+        encoder,
+        config.data,
+        limit=limit,
+        max_patches=config.trainer.max_patches_per_microbatch,
+        seed=config.seed,
+        lengths=lengths,
+    )
 
 
 class Run:
@@ -217,6 +233,9 @@ class Run:
             return {"step": 0}
         extra = self._load(workers, resume)
         self.last_saved = extra["step"]
+        if resume.resolve().parent == self.checkpoints.resolve():
+            for path in checkpoints.set_aside(self.checkpoints, extra["step"]):
+                self.console.message(f"this run goes on before {path.name.removeprefix(checkpoints.ASIDE)}: now {path}")
         self.tracker.truncate(extra["step"])
         self.console.message(f"resumed from {resume} after step {extra['step']}")
         return extra

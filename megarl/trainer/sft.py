@@ -10,7 +10,7 @@ import numpy as np
 from megarl.algorithms.weights import compute_loss_weights
 from megarl.config import RunConfig
 from megarl.data.conversations import Conversations
-from megarl.data.packing import Packing, multiples, pack_bins
+from megarl.data.packing import Packing, most_tokens, pack_bins
 from megarl.data.processors import Processor, load_processor
 from megarl.data.sharing import balance_metrics
 from megarl.data.source import Limit
@@ -25,10 +25,8 @@ logger = logging.getLogger(__name__)
 
 def length_limit(config: RunConfig, processor: Processor) -> Limit:
     """The most tokens of a row: ``data.max_length``, or what a microbatch and the model can hold."""
-    multiple, sequence_multiple = multiples(config.parallel)
-    holds = config.trainer.max_tokens_per_microbatch // multiple * multiple // sequence_multiple * sequence_multiple
     limits = [
-        Limit(holds, "trainer.max_tokens_per_microbatch"),
+        Limit(most_tokens(config), "trainer.max_tokens_per_microbatch"),
         Limit(processor.config.get_text_config().max_position_embeddings, "the model's max_position_embeddings"),
     ]
     if config.data.max_length:

@@ -148,11 +148,13 @@ class WeightSync:
 
 
 def _compare(engine: str, version: int, sent: dict[str, str], held: dict[str, str]) -> None:
-    """Raise ``WeightSyncError`` unless ``engine`` holds what was sent."""
+    """Raise ``WeightSyncError`` unless ``engine`` holds what was sent, and nothing else."""
     missing = sorted(set(sent) - set(held))
     different = sorted(name for name, value in sent.items() if name in held and held[name] != value)
-    if missing or different:
+    unsent = sorted(set(held) - set(sent))
+    if missing or different or unsent:
         raise WeightSyncError(
             f"{engine} does not hold version {version}: {len(different)} tensors differ "
-            f"({', '.join(different[:5])}), {len(missing)} are missing ({', '.join(missing[:5])})"
+            f"({', '.join(different[:5])}), {len(missing)} are missing ({', '.join(missing[:5])}), "
+            f"{len(unsent)} were never sent ({', '.join(unsent[:5])})"
         )

@@ -37,6 +37,7 @@ from megarl.data.processors import load_processor
 from megarl.kernels.logprob import linear_logprob
 from megarl.models.common.interleaved import chunks_of
 from megarl.models.common.lora import HF_A, adapters_off, served
+from megarl.models.common.transformer_config import DTYPES
 from megarl.parallel import groups, mcore_cpu
 from megarl.parallel.context import sum_over
 from megarl.types import Estimates, PackedBatch
@@ -116,14 +117,15 @@ class PolicyWorker:
 
     def _build_training(self, weights: bool) -> None:
         c = self.config
-        updates = c.algorithm.num_minibatches * c.algorithm.num_epochs
+        supervised = c.algorithm.policy_loss == "sft"  # in one minibatch, without a reference
+        updates = (1 if supervised else c.algorithm.num_minibatches) * c.algorithm.num_epochs
         frozen = c.critic.warmup_steps if c.has_critic else 0
         trained = build_trainable(c, self.model, c.optimizer, updates * (c.trainer.num_steps - frozen))
         self.ddp, self.optimizer, self.scheduler = trained.ddp, trained.optimizer, trained.scheduler
         self.trained = trained
         if frozen:
             trained.begin()
-        if c.algorithm.kl_coef > 0 and not c.model.lora.rank:
+        if c.algorithm.kl_coef > 0 and not c.model.lora.rank and not supervised:
             self.reference, _ = build_model(c, c.model.path)
             self.reference.requires_grad_(False)
         if c.has_critic and not c.critic.shared_trunk:
@@ -371,7 +373,7 @@ class PolicyWorker:
                 yield name, tensor
 
         if self.rank == 0:
-            write_hf(directory, noting(), self.hf_dir)
+            write_hf(directory, noting(), self.hf_dir, dtype=DTYPES[self.config.model.dtype])
         else:
             for _ in tensors:
                 pass

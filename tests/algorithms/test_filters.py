@@ -106,6 +106,24 @@ def test_filters_write_streams():
     assert all(s.keep for s in batch)
 
 
+def test_an_experts_length_is_not_punished():
+    batch = [sample(0, 1.0, 10), sample(0, 1.0, 20)]
+    batch[1].expert_mask = batch[1].loss_mask
+    apply_filters(batch, AlgorithmConfig(overlong_buffer=0.2), longest=10)
+    assert total_rewards(batch).tolist() == [0, 1]
+
+
+def test_gpg_makes_up_for_what_the_loss_still_counts():
+    def coefficient(key):
+        batch = [sample(0, 1.0, 4), sample(0, 0.0, 4), *(sample(1, 1.0, 4) for _ in range(6))]
+        config = AlgorithmConfig(advantage="gpg", filter_key=key)
+        apply_filters(batch, config, longest=10)
+        advantages, weights = compute_advantages(batch, config), compute_loss_weights(batch, config)
+        return (advantages[0] * weights[0]).sum() / sum(w.sum() for w in weights)
+
+    assert coefficient("") == pytest.approx(coefficient("score"))
+
+
 def test_the_gate_takes_the_expert_where_nobody_is_right():
     def member(group, reward, expert=False):
         t = trajectory(group, reward, [0, 1, 1])

@@ -168,6 +168,27 @@ def test_the_command_line_takes_a_preset(tmp_path, capsys):
         ({"overlong_penalty": 0.1}, "does nothing without algorithm.overlong_buffer"),
         ({"bypass_old_logprobs": True, "rollout_correction": "mask"}, "would apply it twice"),
         ({"bypass_old_logprobs": True, "policy_loss": "kl_cov"}, "no bypass_old_logprobs"),
+        (
+            {
+                "policy_loss": "luffy",
+                "expert_strategy": "random",
+                "bypass_old_logprobs": True,
+                "rollout_correction": "truncate",
+            },
+            "would apply it twice",
+        ),
+        ({"num_minibatches": 17}, "a step has data.prompts_per_step=16 groups"),
+        ({"advantage": "max_rl", "overlong_buffer": 0.1}, "algorithm.advantage=max_rl needs rewards of at least 0"),
+        ({"advantage": "max_rl", "kl_coef": 0.1, "kl_placement": "reward"}, "max_rl needs rewards of at least 0"),
+        ({"policy_loss": "gspo"}, "algorithm=gspo sets algorithm.loss_weights too"),
+        (
+            {"policy_loss": "srft", "expert_strategy": "random", "expert_gate": 0, "num_expert_samples": 7},
+            "of rollout.group_size=8 one is the policy's",
+        ),
+        (
+            {"policy_loss": "luffy", "expert_strategy": "random", "reshape_weight": 0.0},
+            "algorithm.reshape_weight=0: p_div_p divides by",
+        ),
     ],
 )
 def test_what_cannot_work_or_would_do_nothing_is_refused(changes, words):

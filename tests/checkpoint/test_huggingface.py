@@ -101,6 +101,20 @@ def test_reader_refuses_what_is_not_a_model(tmp_path):
         HFReader(tmp_path)
 
 
+def test_a_tensor_in_two_files_is_refused_unless_an_index_names_one(tmp_path):
+    source, directory = source_directory(tmp_path / "source", {}), tmp_path / "m"
+    (tmp_path / "source/parity.json").write_text("{}")  # of other weights
+    write_hf(directory, [("w", torch.ones(1))], source)
+    assert not (directory / "parity.json").exists()
+    save_file({"w": torch.zeros(1)}, directory / "another.safetensors")
+    with pytest.raises(CheckpointError, match=r"another\.safetensors and model\.safetensors both hold w"):
+        HFReader(directory)
+    index = {"weight_map": {"w": "model.safetensors", "v": "another.safetensors"}}
+    save_file({"w": torch.zeros(1), "v": torch.zeros(1)}, directory / "another.safetensors")
+    (directory / "model.safetensors.index.json").write_text(json.dumps(index))
+    assert HFReader(directory)["w"].tolist() == [1]
+
+
 def test_reader_names_the_keys_of_a_missing_file(tmp_path):
     directory = source_directory(tmp_path / "m", {"a.safetensors": {"x": torch.ones(1)}})
     index = {"weight_map": {"x": "a.safetensors", "y": "b.safetensors", "z": "b.safetensors"}}
@@ -215,6 +229,14 @@ def test_tied_duplicate_of_the_output_layer_is_tolerated_only_when_tied(pool, mo
 
     tied = damaged(models("gqa2_tied", torch.float32), tmp_path / "tied", duplicate)
     assert pool.run(refused, 1, tied, (1, 1)) == [""]
+
+    def differ(tensors):
+        tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"] + 1
+
+    differing = damaged(models("gqa2_tied", torch.float32), tmp_path / "differing", differ)
+    messages = pool.run(refused, 2, differing, (1, 2))
+    assert messages[0] == messages[1]
+    assert "lm_head.weight is not model.embed_tokens.weight, and config.json ties them" in messages[0]
 
     def drop(tensors):
         del tensors["lm_head.weight"]

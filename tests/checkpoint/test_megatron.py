@@ -11,9 +11,10 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed as dist
 
 from megarl.checkpoint.huggingface import CheckpointError
-from megarl.checkpoint.manifest import MANIFEST_FILE, latest, prune, read_manifest
+from megarl.checkpoint.manifest import MANIFEST_FILE, latest, prune, read_manifest, set_aside
 from megarl.config import LoraConfig
 from tests.distributed import RankError
 from tests.models.reference import Reference
@@ -353,6 +354,34 @@ def test_prune_keeps_the_newest_complete_and_what_is_being_written(tmp_path):
         "step_000005",
         "step_000006",
     ]
+
+
+def test_a_run_that_goes_back_keeps_what_it_leaves(tmp_path):
+    for step in (1, 2, 3):
+        complete(tmp_path, step)
+    for _ in range(2):  # and once more, over what it had left
+        assert [path.name for path in set_aside(tmp_path, 1)] == ["abandoned_step_000002", "abandoned_step_000003"]
+        assert latest(tmp_path) == tmp_path / "step_000001"
+        for step in (2, 3):
+            complete(tmp_path, step)
+    assert [path.name for path in prune(tmp_path, 1)] == ["step_000001", "step_000002"]
+    assert (tmp_path / "abandoned_step_000003" / MANIFEST_FILE).is_file()
+
+
+def gathered(piece: int) -> list[float]:
+    """Shards of 5 numbers from three ranks, in pieces."""
+    from megarl.checkpoint import optimizer_state
+
+    optimizer_state.PIECE, default = piece, optimizer_state.PIECE
+    whole = torch.zeros(15 if dist.get_rank() == 0 else 0)
+    optimizer_state._gather(torch.arange(5.0) + 5 * dist.get_rank(), whole, dist.group.WORLD)
+    optimizer_state.PIECE = default
+    return whole.tolist()
+
+
+@pytest.mark.parametrize("piece", [1, 2, 5, 100])
+def test_shards_are_gathered_in_pieces(pool, piece):
+    assert pool.run(gathered, 3, piece) == [[float(i) for i in range(15)], [], []]
 
 
 def test_latest_of_nothing(tmp_path):

@@ -91,6 +91,12 @@ def test_lengths_are_kept_until_something_changes(tmp_path, images, tiny_qwen):
     smaller, calls = measure(max_pixels=28 * 28)
     assert calls == 1
     assert smaller.sum() < first.sum()
+
+    class Wordy(Dataset):
+        """Another task on the same file."""
+
+    task = Wordy("rows", task.data)
+    assert measure()[1] == 1
     stamp = (tmp_path / "t.jsonl").stat()
     os.utime(tmp_path / "t.jsonl", ns=(stamp.st_atime_ns, stamp.st_mtime_ns + 1))
     assert measure()[1] == 1

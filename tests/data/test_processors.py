@@ -201,7 +201,7 @@ def test_every_mode_becomes_rgb(processor, mode, form, pixel):
     assert len(processor.pixel_values(encoded.media)) == encoded.media.num_patches
 
 
-@pytest.mark.parametrize("form", ["JPEG", "PNG"])
+@pytest.mark.parametrize("form", ["JPEG", "PNG", "TIFF"])
 @pytest.mark.parametrize("orientation", range(1, 9))
 def test_exif_rotation_is_applied_to_the_grid_and_the_pixels(processor, form, orientation):
     exif = Image.Exif()

@@ -259,9 +259,11 @@ class Qwen3VLMoe(Qwen3VL):
             "hidden_size": draw.choice([32, 48]),
             "num_experts": draw.choice([4, 8]),
             "num_experts_per_tok": draw.choice([2, 3]),
-            "moe_intermediate_size": 4 * draw.randint(3, 8),  # torch's grouped product wants a multiple of 16 bytes
             "mlp_only_layers": dense,
         }
+        # torch's grouped product wants multiples of 16 bytes, and of square matrices a file does not say how they lie
+        sizes = [size for size in range(12, 36, 4) if text["hidden_size"] not in (size, 2 * size)]
+        text["moe_intermediate_size"] = draw.choice(sizes)
         return transformers.Qwen3VLMoeConfig(
             architectures=["Qwen3VLMoeForConditionalGeneration"],
             text_config=text,

@@ -33,7 +33,7 @@ CASES = [
     *(("llava", "clip_llama", layout) for layout in LLAVA_LAYOUTS),
     *(("llava_onevision", "onevision_siglip_qwen2", layout) for layout in LLAVA_LAYOUTS),
 ]
-SLOW = [("qwen3_vl_moe", name, layout) for name in ("sparse", "seed1") for layout in EXPERT_LAYOUTS]
+SLOW = [("qwen3_vl_moe", "seed1", layout) for layout in EXPERT_LAYOUTS]
 
 
 @pytest.fixture(scope="module")

@@ -97,7 +97,11 @@ def test_whole_answers_take_places_in_their_group():
     assert texts[3] == texts[7] == texts[11] == []
     assert texts[8] == ["abc", "defghijkkkkkkkk"]  # sixteen tokens with the last: as many as rollout.max_new_tokens
     assert texts[9] == ["abc"]
-    assert experts.metrics([], 0) == {"expert/overlong_dropped": 2.0, "expert/missing": 3.0, "expert/samples": 0.0}
+    assert experts.metrics([], 0, experts.state_dict()) == {
+        "expert/overlong_dropped": 2.0,
+        "expert/missing": 3.0,
+        "expert/samples": 0.0,
+    }
     group = group_of(shown[0])
     assert [sample.is_expert for sample in group] == [False, False, True, True]
     assert all((sample.expert_mask == sample.loss_mask).all() for sample in group[2:])
@@ -134,8 +138,8 @@ def test_hints_are_beginnings_that_responses_go_on_from():
     assert hinted.loss_mask.tolist() == [False] * 2 + [True] * 6
     assert hinted.expert_mask.tolist() == [False] * 2 + [True] * 3 + [False] * 3
     assert hinted.rollout_logprobs.tolist() == [0] * 5 + [-1] * 3
-    assert experts.metrics(group, 50)["expert/length"] == 2
-    assert experts.metrics(group, 50)["expert/hint_bound"] == pytest.approx(0.5)
+    assert experts.metrics(group, 50, experts.state_dict())["expert/length"] == 2
+    assert experts.metrics(group, 50, experts.state_dict())["expert/hint_bound"] == pytest.approx(0.5)
     assert experts.demonstrate(prompts(1), step=100)[0].demonstrations == []  # the schedule has ended
 
 
@@ -160,7 +164,7 @@ def test_the_gate_trains_a_group_on_its_expert_or_on_itself():
     # the second group's own samples are compared among themselves: rewards 0, 1, 0
     advantages = compute_advantages(samples, algorithm)
     np.testing.assert_allclose([a[-1] for a in advantages[4:]], [-1 / 3, 2 / 3, -1 / 3, 0], atol=1e-6)
-    assert experts.metrics(samples, 0)["expert/groups_gated"] == 0.5
+    assert experts.metrics(samples, 0, experts.state_dict())["expert/groups_gated"] == 0.5
     for sample, stream in zip(samples, advantages, strict=True):
         sample.advantages = stream
     assert sample_metrics(samples)["critic/score/mean"] == pytest.approx(1 / 6)  # of what the policy wrote

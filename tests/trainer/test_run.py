@@ -1,9 +1,27 @@
 """What is refused before anything is started."""
 
+from types import SimpleNamespace
+
 import pytest
 
 from megarl.algorithms.presets import preset
 from megarl.config import CriticConfig, DataConfig, ModelConfig, RolloutConfig, RunConfig, TaskConfig
+
+
+def test_the_canary_is_a_prompt_that_exists():
+    from megarl.trainer.rl import RLTrainer
+
+    def canary(**sizes):
+        task = SimpleNamespace(num_prompts=sizes.get, prompt=lambda split, index: (split, index))
+        short = SimpleNamespace(tokens=[0] * 9, media=SimpleNamespace(images=[]))
+        long = SimpleNamespace(tokens=[0] * 99, media=SimpleNamespace(images=[b"image"]))
+        encode = {("eval", 0): long, ("eval", 1): short, ("train", 0): short}.__getitem__
+        config = RunConfig(data=DataConfig(max_prompt_length=64))
+        trainer = SimpleNamespace(config=config, tasks={"t": task}, processor=SimpleNamespace(encode=encode))
+        return RLTrainer.canary(trainer) is short
+
+    assert canary(eval=2, train=1)  # the first is too long
+    assert canary(eval=0, train=1)  # nothing is held out
 
 
 def test_a_critic_must_read_what_the_policy_reads(tmp_path):
@@ -22,6 +40,12 @@ def test_a_critic_must_read_what_the_policy_reads(tmp_path):
         critic=CriticConfig(path=str(tmp_path / "deeper")),
     )
     check(config)
+    config.trainer.max_tokens_per_microbatch = 71
+    check(config)
+    config.trainer.max_tokens_per_microbatch = 70
+    with pytest.raises(ValueError, match=r"max_new_tokens=8 are more than the 70 tokens that fit a microbatch"):
+        check(config)
+    config.trainer.max_tokens_per_microbatch = 71
     config.critic.path = str(tmp_path / "blind")
     with pytest.raises(ValueError, match=r"^critic\.path=.*blind: its model_type is qwen3, the policy's qwen2_5_vl"):
         check(config)

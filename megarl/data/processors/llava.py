@@ -22,6 +22,7 @@ from megarl.types import Media
 from megarl.utils.anyres import best_resolution, max_tiles, num_features
 
 _HAS_CLASS_TOKEN = {"clip_vision_model": True, "siglip_vision_model": False, "dinov2": True}  # by tower's model_type
+MAX_RATIO = 200  # of an image's edges, as in Qwen-VL's processors
 _BLANK = Image.new("RGB", (1, 1))
 # LLaVA-1.5 was trained on Vicuna's: images before words, one space between turns, an eos after each answer
 _VICUNA_TEMPLATE = (
@@ -95,6 +96,9 @@ class LlavaProcessor(Processor):
                 )
 
     def grid(self, height: int, width: int, *, num_images: int) -> tuple[int, int, int]:
+        thin = max(height, width) > MAX_RATIO * min(height, width)
+        if thin and "shortest_edge" in self.image_processor.size:  # what is cut off is made as large first
+            raise ValueError(f"an image of {width} x {height} pixels is thinner than 1:{MAX_RATIO}")
         return 1, self.side, self.side
 
     def num_tokens(self, media: Media) -> np.ndarray:

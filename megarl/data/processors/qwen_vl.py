@@ -65,6 +65,11 @@ class QwenVLProcessor(Processor):
         self.patch_size = self.image_processor.patch_size
         self.merge_size = self.image_processor.merge_size
         self.temporal_patch_size = self.image_processor.temporal_patch_size
+        if self.data.max_video_frames < self.temporal_patch_size:
+            raise ValueError(
+                f"data.max_video_frames={self.data.max_video_frames}: the model sees {self.temporal_patch_size} frames "
+                "at a time"
+            )
         self.tower_cost = tower_cost(config)
         self.patch_dim = 3 * self.temporal_patch_size * self.patch_size**2
         self.video_token_id: int = config.video_token_id

@@ -17,7 +17,7 @@ from torch import Tensor
 from transformers import PretrainedConfig
 
 from megarl.config import ModelConfig, ParallelConfig
-from megarl.models.common.language import check_divisible, validate_language
+from megarl.models.common.language import check_divisible, sparse_layers, validate_language
 from megarl.models.common.transformer_config import transformer_config
 
 NORM_EPS = 1e-6  # of every norm in the vision tower; no key in the checkpoint says so
@@ -119,6 +119,11 @@ def validate(hf: PretrainedConfig, parallel: ParallelConfig) -> None:
         "parallel.tensor_model_parallel_size",
         parallel.tensor_model_parallel_size,
     )
+    if any(sparse_layers(text)) and text.hidden_size in (text.moe_intermediate_size, 2 * text.moe_intermediate_size):
+        raise ValueError(
+            f"hidden_size={text.hidden_size} and moe_intermediate_size={text.moe_intermediate_size} give experts "
+            "square matrices, and files do not say which of their two layouts these have"
+        )
     if vision.activation not in ACTIVATIONS:
         raise ValueError(f"vision_config.hidden_act={vision.activation!r} is not one of {', '.join(ACTIVATIONS)}")
     if vision.out_hidden_size != text.hidden_size:

@@ -42,7 +42,7 @@ def canonical_name(name: str) -> str:
 def canonical_tensor(config: dict[str, Any], name: str, tensor: Tensor) -> Tensor:
     """The experts' matrices of Qwen3-VL-MoE as published, [E, inputs, outputs]; transformers 5 writes its own layout.
 
-    Like transformers, goes by the shape: matrices that are square are taken as published.
+    Goes by the shape; ``validate`` refuses models of which it does not tell.
     """
     kind = name.rpartition("mlp.experts.")[2]
     hidden = {"gate_up_proj": 1, "down_proj": 2}.get(kind)  # the dimension that is the decoder's width
