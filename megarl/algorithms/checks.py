@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 from megarl.algorithms.advantages import ADVANTAGES
 from megarl.algorithms.penalties import KL_CHOICES
 from megarl.algorithms.policy_losses import POLICY_LOSSES
@@ -174,8 +176,10 @@ def _check_experts(config: RunConfig) -> None:
         raise ValueError(f"{strategy}: algorithm.expert_share={c.expert_share} must lie between 0 and 1")
     if c.expert_strategy == "stream" and config.has_critic:
         raise ValueError(f"{strategy}: a stream has no rewards that a critic could learn (algorithm.advantage=gae)")
-    for task in c.expert_tasks:
+    for task, weight in c.expert_tasks.items():
         check_choice("algorithm.expert_tasks", task, config.tasks)
+        if not 0 < weight < math.inf:
+            raise ValueError(f"algorithm.expert_tasks.{task}={weight} must be positive")
     _check_hints(c)
 
 

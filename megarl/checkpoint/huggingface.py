@@ -74,8 +74,8 @@ def read_config(directory: str | Path) -> PretrainedConfig:
         raise CheckpointError(f"{directory}: not a Hugging Face model directory: it has no config.json")
     try:
         return AutoConfig.from_pretrained(directory, trust_remote_code=False)
-    except (ValueError, KeyError, OSError) as error:  # json.JSONDecodeError is a ValueError
-        raise CheckpointError(f"{directory}/config.json: {str(error).splitlines()[0]}") from error
+    except Exception as error:  # transformers raises whatever a wrong value makes its classes raise
+        raise CheckpointError(f"{directory}/config.json: {' '.join(str(error).split())}") from error
 
 
 @dataclass
@@ -106,7 +106,12 @@ class HFReader:
             if not paths:
                 raise CheckpointError(f"{self.directory}: no .safetensors file (pickled weights are not read)")
             return self._files_of(paths, {})
-        weight_map: dict[str, str] = json.loads(index.read_text())["weight_map"]
+        try:
+            weight_map: dict[str, str] = dict(json.loads(index.read_text())["weight_map"])
+        except (ValueError, KeyError, TypeError) as error:
+            raise CheckpointError(f"{index}: not an index of tensors' files: {error}") from error
+        if not all(isinstance(file, str) for file in weight_map.values()):
+            raise CheckpointError(f"{index}: not an index of tensors' files: weight_map has values that are no names")
         lost = sorted({file for file in weight_map.values() if not (self.directory / file).is_file()})
         if lost:
             keys = [name for name, file in weight_map.items() if file in lost]

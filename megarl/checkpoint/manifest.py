@@ -8,6 +8,7 @@ schedule), ``rng/rank_00000.pt``, ``extra.json``, ``config.yaml``, ``hf/`` (conf
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 import logging
 import os
@@ -144,14 +145,13 @@ def latest(directory: str | Path) -> Path | None:
 
 def set_aside(directory: str | Path, step: int) -> list[Path]:
     """Rename the checkpoints of later steps than ``step``, from which a run goes on anew; their new paths."""
-    moved = []
-    for later, path in _by_step(directory):
-        if later > step:
-            aside = path.with_name(ASIDE + path.name)
-            if aside.exists():
-                discard(aside)
-            moved.append(path.rename(aside))
-    return moved
+    return [path.rename(free(path.with_name(ASIDE + path.name))) for later, path in _by_step(directory) if later > step]
+
+
+def free(path: Path) -> Path:
+    """``path``, or where something has that name the same with a number."""
+    numbered = (path.with_stem(f"{path.stem}_{number}") for number in itertools.count(2))
+    return next(place for place in itertools.chain([path], numbered) if not place.exists())
 
 
 def discard(path: Path) -> None:

@@ -40,13 +40,13 @@ from torch.distributed.checkpoint.metadata import Metadata
 from megarl.checkpoint import writer
 from megarl.checkpoint.huggingface import CheckpointError, copy_auxiliary_files, listed, read_config
 from megarl.checkpoint.manifest import (
-    ASIDE,
     MANIFEST_FILE,
     Manifest,
     complete,
     damaged_files,
     discard,
     file_sha256,
+    free,
     latest,
     prune,
     read_manifest,
@@ -62,10 +62,10 @@ from megarl.experiment import to_yaml
 from megarl.models.common.lora import CHILD, is_adapted
 
 __all__ = [
-    "ASIDE",
     "Handle",
     "TrainedPart",
     "complete",
+    "free",
     "latest",
     "load",
     "prune",

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, field
 
-from megarl.utils.checks import check_choice, check_not_negative, check_positive
+from megarl.utils.checks import check_choice, check_finite, check_not_negative, check_positive
 
 
 @dataclass
@@ -137,8 +137,7 @@ class AlgorithmConfig:
             high = low.replace("low", "high")
             if not getattr(self, low) < getattr(self, high):
                 raise ValueError(f"algorithm.{low}={getattr(self, low)} must be below {high}={getattr(self, high)}")
-        if not math.isfinite(self.entropy_coef):
-            raise ValueError(f"algorithm.entropy_coef={self.entropy_coef} must be a number")
+        check_finite("algorithm", self, "success_reward", "entropy_coef")
 
     @property
     def kl_in_reward(self) -> bool:

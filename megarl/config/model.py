@@ -64,6 +64,8 @@ class ModelConfig:
         if self.recompute == "selective" and not self.recompute_modules:
             raise ValueError("model.recompute=selective needs model.recompute_modules")
         check_not_negative("model", self, "min_pixels", "max_pixels")
+        if self.max_pixels and self.min_pixels > self.max_pixels:
+            raise ValueError(f"model.min_pixels={self.min_pixels} is more than model.max_pixels={self.max_pixels}")
         if self.lora.rank and self.transformer_impl != "local":
             raise ValueError("model.lora needs model.transformer_impl=local: adapters do not fit fused layers")
         for part in self.freeze:

@@ -77,6 +77,9 @@ class DebugConfig:
     deterministic: bool = False  # the same run gives the same bits: seeds per sample, fixed batches, one thread
     logprob_diff_alarm: float = 0.0  # stop when mean |rollout - trainer| log-prob exceeds this; 0: warn at 0.05
 
+    def __post_init__(self) -> None:
+        check_not_negative("debug", self, "logprob_diff_alarm")
+
 
 @dataclass
 class RunConfig:
@@ -100,6 +103,8 @@ class RunConfig:
     def __post_init__(self) -> None:
         if not 0 <= self.seed < 1 << 31:
             raise ValueError(f"seed={self.seed} must lie in [0, 2^31)")
+        for name, task in self.tasks.items():
+            check_not_negative(f"tasks.{name}", task, "weight")
         lora = self.model.lora
         if self.weight_sync.lora == "adapter" and (not lora.rank or lora.parts != ["decoder"]):
             raise ValueError(

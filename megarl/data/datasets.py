@@ -27,6 +27,7 @@ from megarl.types import Message, Prompt
 
 PLACEHOLDERS = {"<image>": "image", "<video>": "video"}
 _PLACES = re.compile("|".join(PLACEHOLDERS))
+ROLES = ("system", "developer", "user", "assistant", "tool", "function", "ipython")  # of messages
 _ROLES = {"system": "system", "human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant"}  # LLaVA's
 _NEWLINES = re.compile(rf"\n*({'|'.join(PLACEHOLDERS)})\n*")
 _URL = re.compile(r"data:|https?://")
@@ -116,6 +117,10 @@ class Row:
         for number, message in enumerate(prompt):
             if not isinstance(message, dict) or not {"role", "content"} <= message.keys():
                 raise ValueError(f"{self.where}: {key}[{number}] is not a message with role and content")
+            if message["role"] not in ROLES:
+                raise ValueError(
+                    f"{self.where}: {key}[{number}].role={message['role']!r} is not one of {', '.join(ROLES)}"
+                )
             content, name = message["content"], f"{key}[{number}].content"
             if not isinstance(content, str | list):
                 raise ValueError(f"{self.where}: {name} is neither a text nor a list of parts")
@@ -303,6 +308,10 @@ def _read_json(path: Path) -> list[Row]:
 def _row(values: Any, where: str, path: Path) -> Row:
     if not isinstance(values, dict):
         raise ValueError(f"{where}: a row is an object, not {type(values).__name__}")
+    try:
+        json.dumps(values, ensure_ascii=False).encode()
+    except UnicodeEncodeError as error:
+        raise ValueError(f"{where}: a text has half of a character: {error}") from error
     return Row(values, where, path.parent)
 
 

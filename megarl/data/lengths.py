@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import inspect
 import json
+import logging
 import os
 import tempfile
 from collections.abc import Callable, Sequence
@@ -22,6 +23,8 @@ import numpy as np
 from megarl.config import DataConfig
 from megarl.data.processors.base import Processor
 from megarl.types import Prompt
+
+logger = logging.getLogger(__name__)
 
 CHUNK = 512  # rows whose texts are tokenized together
 FORMAT = 1  # of what is kept, and of how rows become tokens: counted up when that changes
@@ -77,21 +80,36 @@ def row_lengths(
         "data": {key: value for key, value in asdict(data).items() if key not in _IRRELEVANT},
         "files": [_stamp(Path(path)) for path in rows.paths("train")],
     }
-    path = folder / f"{hashlib.sha256(json.dumps(what, sort_keys=True).encode()).hexdigest()}.npy"
-    if path.is_file():
-        return np.load(path, allow_pickle=False)
     number = rows.num_prompts("train")
+    path = folder / f"{hashlib.sha256(json.dumps(what, sort_keys=True).encode()).hexdigest()}.npy"
+    if (kept := _kept(path, number)) is not None:
+        return kept
     lengths = np.zeros(number, np.int32)
     for start in range(0, number, CHUNK):
         stop = min(start + CHUNK, number)
         lengths[start:stop] = measurer.lengths([rows.outline("train", index) for index in range(start, stop)])
         if progress is not None:
             progress(stop, number)
-    folder.mkdir(parents=True, exist_ok=True)
-    with tempfile.NamedTemporaryFile(dir=folder, suffix=".tmp", delete=False) as file:
-        np.save(file, lengths)
-    os.replace(file.name, path)  # whole or not at all
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.NamedTemporaryFile(dir=folder, suffix=".tmp", delete=False) as file:
+            np.save(file, lengths)
+        os.replace(file.name, path)  # whole or not at all
+    except OSError as error:
+        logger.warning("the lengths of %d rows cannot be kept for the next start: %s", number, error)
     return lengths
+
+
+def _kept(path: Path, number: int) -> np.ndarray | None:
+    """What an earlier start has kept; None where there is nothing or it is damaged."""
+    if not path.is_file():
+        return None
+    try:
+        lengths = np.load(path, allow_pickle=False)
+    except (OSError, ValueError, EOFError) as error:
+        logger.warning("%s is measured again: it cannot be read: %s", path, error)
+        return None
+    return lengths if lengths.shape == (number,) else None
 
 
 def fingerprint(processor: Processor) -> dict[str, Any]:

@@ -41,8 +41,10 @@ def _fit(trainer_class: type[RLTrainer] | type[SFTTrainer], config: RunConfig) -
         trainer = trainer_class(config, run)
         try:
             return trainer.fit()
-        except WorkerError:
-            raise  # the ranks have no common state that could be saved
+        except WorkerError as error:  # the ranks have no common state that could be saved
+            newest = checkpoints.latest(run.checkpoints)
+            hint = f"; the same command goes on from {newest}" if newest is not None else ""
+            raise WorkerError(f"{error}{hint}") from error
         except Exception:
             run.rescue(trainer.workers, trainer.step, trainer.state_dict())
             raise
@@ -65,6 +67,7 @@ def evaluate(config: RunConfig) -> int:
         trainer = RLTrainer(config, run)
         try:
             trainer.sync.push(trainer.rollout.engines, trainer.step, must_change=False)
+            run.begin()
             metrics = trainer.evaluate()
             run.log(trainer.step, metrics)
         finally:

@@ -225,9 +225,10 @@ def _groups(rows: list[dict[str, Any]], images: Path) -> list[dict[str, Any]]:
 
 
 def make_rollouts(run_dir: Path) -> list[dict[str, Any]]:
-    """The first, the middle and the last step whose rollouts were saved."""
-    files = rollout_steps(run_dir)
-    steps = list(files)
+    """The first, the middle and the last step whose rollouts were saved, of those in the log."""
+    files, (rows, _) = rollout_steps(run_dir), read_metrics(run_dir / METRICS_FILE)
+    last = max((row["step"] for row in rows), default=0)
+    steps = [step for step in files if step <= last]  # of later ones the run has gone on from before
     chosen = sorted({steps[0], steps[len(steps) // 2], steps[-1]}) if steps else []
     return [{"step": s, "groups": _groups(read_rollouts(files[s]), run_dir / "rollouts" / "images")} for s in chosen]
 

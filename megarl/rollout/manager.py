@@ -24,7 +24,7 @@ from megarl.data.demonstrations import answer_sample
 from megarl.data.processors import load_processor
 from megarl.rollout.engine import Batch, EngineActor, EngineDied, Request, Response, engine_environment
 from megarl.types import Demonstration, EncodedPrompt, Media, Sample
-from megarl.utils.errors import RunFailure
+from megarl.utils.errors import RunFailure, death_of
 
 logger = logging.getLogger(__name__)
 
@@ -339,7 +339,7 @@ class _Rollout:
 def death_cause(error: Exception) -> str:
     """Why an engine is dead, in one line; an ``error`` that does not mean an engine's death is raised again."""
     if isinstance(error, RayActorError):
-        return " ".join(str(error).split()).partition(" Some common causes")[0]  # Ray's guesses take a page
+        return death_of(error)
     if isinstance(error, GetTimeoutError):
         return "no answer in time"
     if isinstance(error, RayTaskError) and isinstance(error.cause, EngineDied):

@@ -79,8 +79,8 @@ class RLTrainer:
 
     def fit(self) -> int:
         """Train to ``trainer.num_steps`` or until told to stop; the exit status."""
-        self.run.write_config()
         self.push(must_change=False)
+        self.run.begin()
         for callback in self.callbacks:
             callback.on_start()
         for step in range(self.step + 1, self.config.trainer.num_steps + 1):

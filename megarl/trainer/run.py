@@ -8,6 +8,7 @@ from __future__ import annotations
 import fcntl
 import math
 import os
+import shutil
 import signal
 import sys
 import time
@@ -36,11 +37,13 @@ from megarl.data.source import Limit, PromptSource
 from megarl.experiment import to_yaml
 from megarl.models.family import family_of
 from megarl.observability.console import Console
-from megarl.observability.tracker import Tracker
+from megarl.observability.tracker import METRICS_FILE, Tracker
 from megarl.registry import load_object
 from megarl.tasks.task import Task, build_tasks
 from megarl.utils.errors import RunFailure
 from megarl.workers.group import WorkerGroup
+
+ASIDE_METRICS = "abandoned_metrics.jsonl"  # the log of steps that a run went back behind
 
 
 def model_directory(config: RunConfig) -> str:
@@ -191,8 +194,19 @@ class Run:
         lock.flush()
         return lock
 
-    def write_config(self) -> None:
-        """Note the configuration that the steps to come have."""
+    def begin(self) -> None:
+        """Make room for the steps to come, now that nothing can refuse them any more, and note their configuration.
+
+        Where the run goes on before its newest checkpoint, later ones and the log are kept under other names.
+        """
+        step = max(self.last_saved, 0)
+        if self.resume_from is not None and self.resume_from.resolve().parent == self.checkpoints.resolve():
+            moved = checkpoints.set_aside(self.checkpoints, step)
+            for path in moved:
+                self.console.message(f"this run goes on from step {step}: a later checkpoint is now {path}")
+            if moved and (self.directory / METRICS_FILE).is_file():
+                shutil.copyfile(self.directory / METRICS_FILE, checkpoints.free(self.directory / ASIDE_METRICS))
+        self.tracker.truncate(step)
         (self.directory / "config.yaml").write_text(to_yaml(self.config))
 
     def _stop(self, number: int, frame: FrameType | None) -> None:
@@ -229,14 +243,9 @@ class Run:
             f"pipeline {parallel.pipeline_model_parallel_size}"
         )
         if resume is None:
-            self.tracker.truncate(0)
             return {"step": 0}
         extra = self._load(workers, resume)
         self.last_saved = extra["step"]
-        if resume.resolve().parent == self.checkpoints.resolve():
-            for path in checkpoints.set_aside(self.checkpoints, extra["step"]):
-                self.console.message(f"this run goes on before {path.name.removeprefix(checkpoints.ASIDE)}: now {path}")
-        self.tracker.truncate(extra["step"])
         self.console.message(f"resumed from {resume} after step {extra['step']}")
         return extra
 

@@ -63,7 +63,7 @@ class SFTTrainer:
 
     def fit(self) -> int:
         """Train to ``trainer.num_steps`` or until told to stop; the exit status."""
-        self.run.write_config()
+        self.run.begin()
         for callback in self.callbacks:
             callback.on_start()
         for step in range(self.step + 1, self.config.trainer.num_steps + 1):

@@ -29,3 +29,10 @@ def check_not_negative(section: str, config: Any, *names: str) -> None:
     for name in names:
         if not 0 <= getattr(config, name) < math.inf:
             raise ValueError(f"{section}.{name}={getattr(config, name)} must not be negative")
+
+
+def check_finite(section: str, config: Any, *names: str) -> None:
+    """Raise a ``ValueError`` that names the key if an attribute in ``names`` of ``config`` is nan or infinite."""
+    for name in names:
+        if not math.isfinite(getattr(config, name)):
+            raise ValueError(f"{section}.{name}={getattr(config, name)} must be a number")

@@ -3,3 +3,8 @@
 
 class RunFailure(RuntimeError):
     """A part of a run failed in a way that is understood."""
+
+
+def death_of(error: Exception) -> str:
+    """What Ray says of an actor's death, in one line and without its page of guesses."""
+    return " ".join(str(error).split()).partition(" Some common causes")[0]

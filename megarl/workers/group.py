@@ -17,7 +17,7 @@ from ray.exceptions import RayActorError, RayTaskError
 from megarl.algorithms.corrections import finish
 from megarl.config import RunConfig
 from megarl.types import Estimates, PackedBatch, VisionShare
-from megarl.utils.errors import RunFailure
+from megarl.utils.errors import RunFailure, death_of
 from megarl.utils.network import free_port
 from megarl.workers.passes import Totals
 from megarl.workers.policy import PolicyWorker
@@ -108,7 +108,7 @@ class WorkerGroup:
                 raise WorkerError(f"trainer rank {rank}: {error.cause}") from error
             raise WorkerError(f"trainer rank {rank} raised: {error.cause!r}\n{error}") from error
         except RayActorError as error:
-            raise WorkerError(f"trainer rank {rank} died: {error}") from error
+            raise WorkerError(f"trainer rank {rank} died: {death_of(error)}") from error
 
     # ---- one step ---------------------------------------------------------------------------------------------------
 

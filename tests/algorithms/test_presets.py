@@ -210,6 +210,11 @@ def test_what_cannot_work_or_would_do_nothing_is_refused(changes, words):
             ["algorithm.advantage=gae", "critic.warmup_steps=9", "trainer.num_steps=9"],
             "critic.warmup_steps=9 leaves no step of trainer.num_steps=9",
         ),
+        (
+            ["tasks.digits.path=megarl.tasks.digits:Digits", "tasks.digits.weight=.nan"],
+            "tasks.digits.weight=nan must not",
+        ),
+        (["debug.logprob_diff_alarm=.nan"], "debug.logprob_diff_alarm=nan must not be negative"),
         (["trainer.ema_decay=1"], "trainer.ema_decay=1.0 must lie in [0, 1)"),
         (["trainer.ema_decay=0.9"], "trainer.ema_decay=0.9 does nothing without checkpoint.export_hf=True"),
         (
@@ -244,6 +249,7 @@ def test_groups_of_one_cannot_be_compared():
         ("filter_low", float("inf")),
         ("std", "batch"),
         ("advantage_clip", float("nan")),
+        ("success_reward", float("nan")),
     ],
 )
 def test_impossible_values_name_their_key(knob, value):

@@ -113,6 +113,10 @@ def test_a_tensor_in_two_files_is_refused_unless_an_index_names_one(tmp_path):
     save_file({"w": torch.zeros(1), "v": torch.zeros(1)}, directory / "another.safetensors")
     (directory / "model.safetensors.index.json").write_text(json.dumps(index))
     assert HFReader(directory)["w"].tolist() == [1]
+    for broken in ("{}", "[]", '{"weight_map": {"w": 1}}', '{"weight'):
+        (directory / "model.safetensors.index.json").write_text(broken)
+        with pytest.raises(CheckpointError, match=r"index\.json: not an index of tensors' files"):
+            HFReader(directory)
 
 
 def test_reader_names_the_keys_of_a_missing_file(tmp_path):

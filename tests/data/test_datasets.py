@@ -188,6 +188,11 @@ def test_files_are_read_in_order_and_blank_lines_skipped(tmp_path):
 @pytest.mark.parametrize(
     ("row", "message"),
     [
+        (
+            {"prompt": [{"role": "asistant", "content": "a"}]},
+            r"t.jsonl:1: prompt\[0\].role='asistant' is not one of system, developer, user, assistant",
+        ),
+        ({"prompt": "half \ud800"}, r"t.jsonl:1: a text has half of a character"),
         ({"question": "?"}, r"t.jsonl:1: no key 'prompt' \(data.prompt_key\) among question"),
         ({"promt": "?"}, r"t.jsonl:1: no key 'prompt' \(data.prompt_key\); did you mean 'promt'\?"),
         ({"prompt": "?", "image": "a.png"}, r"unknown key 'image'; did you mean 'images' \(data.image_key\)\?"),

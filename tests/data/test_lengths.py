@@ -86,6 +86,10 @@ def test_lengths_are_kept_until_something_changes(tmp_path, images, tiny_qwen):
     again, calls = measure()
     assert calls == 0
     np.testing.assert_array_equal(first, again)
+    (kept,) = (tmp_path / "kept").iterdir()
+    for damage in (b"", b"garbage"):  # is no reason to stop
+        kept.write_bytes(damage)
+        assert measure()[1] == 1
     task.data.max_prompt_length = task.data.prompts_per_step = 7  # no row's length depends on them
     assert measure()[1] == 0
     smaller, calls = measure(max_pixels=28 * 28)

@@ -23,7 +23,7 @@ def processor(models):
     return load_processor(models[0])
 
 
-@pytest.fixture(scope="package")
+@pytest.fixture(scope="session")
 def cluster():
     import ray
 
@@ -32,7 +32,7 @@ def cluster():
     ray.shutdown()
 
 
-@pytest.fixture(scope="package")
+@pytest.fixture(scope="session")
 def pool(cluster, models):
     """A manager of one engine and the list of syncs that restarts asked for."""
     from megarl.rollout.manager import RolloutManager
