@@ -107,6 +107,7 @@ def serving(cluster, models):
     manager.shutdown()
 
 
+@pytest.mark.slow
 def test_adapters_beside_the_weights_are_the_policy(serving, models, processor):
     """Twice: the second time with q, v and up alone, where SGLang wants those of a whole matrix."""
     encoded, base = prompt(processor, 1), tensors(models[0])
@@ -123,6 +124,7 @@ def test_adapters_beside_the_weights_are_the_policy(serving, models, processor):
     assert np.abs(seen[0] - seen[1]).max() > 0.05
 
 
+@pytest.mark.slow
 def test_an_adapter_that_does_not_bind_is_missing(serving, models):
     """SGLang drops what is in no layer of the decoder without a word; what its layers hold says so."""
     shapes = {name: tensor.shape for name, tensor in tensors(models[0]).items()}
