@@ -32,6 +32,7 @@ from megarl.algorithms.presets import PRESETS
 from megarl.config import RunConfig
 from megarl.experiment import load_experiment
 from megarl.launch.cluster import cluster
+from megarl.launch.placement import placed
 from megarl.trainer.rl import RLTrainer
 from megarl.trainer.run import Run, check
 
@@ -87,8 +88,8 @@ def configured(name: str, steps: int, model: Path, directory: Path) -> RunConfig
 def train(config: RunConfig) -> list[Row]:
     """The log of a run, the evaluation before it first."""
     run = Run(config)
-    with run:
-        trainer = RLTrainer(config, run)
+    with placed(config) as (config, placement), run:
+        trainer = RLTrainer(config, run, placement)
         try:
             trainer.fit()
         finally:
@@ -149,7 +150,7 @@ def main() -> int:
     path = RESULTS / f"presets_on_digits_{os.cpu_count()}_cores.json"
     kept = json.loads(path.read_text())["presets"] if path.is_file() else {}
     stamp = {"commit": commit(), "steps": args.steps}
-    with cluster():
+    with cluster(load_experiment(EXPERIMENT)):
         for name in args.presets:
             if kept.get(name, {}).items() >= stamp.items() and "failed" not in kept[name]:
                 continue

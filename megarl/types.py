@@ -233,3 +233,18 @@ class Estimates:
     values: np.ndarray | None = None  # [N] float32
     old_logprobs: np.ndarray | None = None  # [N] float32
     ref_logprobs: np.ndarray | None = None  # [N] float32
+
+
+@dataclass
+class Placement:
+    """Where the ranks and engines of a run are; ``launch.placement`` decides it, and Ray's options carry it out."""
+
+    kind: str = "split"  # colocated: ranks and engines take turns with the same memory | split: each has its own
+    device: str = "cpu"  # cuda | cpu
+    rank_options: list[dict[str, Any]] = field(default_factory=list)  # of the actor, one a rank; []: none
+    engine_options: list[dict[str, Any]] = field(default_factory=list)  # of the actor, one an engine; []: none
+    # [engine][its tensor-parallel rank]: the trainer's rank on the same GPU, which hands it its weights; []: they have
+    # no GPU in common
+    sources: list[list[int]] = field(default_factory=list)
+    gpu_bytes: int | None = None  # memory of the smallest GPU; None: there is none, or it is not known
+    lines: list[str] = field(default_factory=list)  # what each node has, for people

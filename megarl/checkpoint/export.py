@@ -102,6 +102,48 @@ def export_tensors(
         yield emit()
 
 
+@torch.no_grad()
+def export_to_all_stages(
+    model: nn.Module,
+    mappings: list[Mapping],
+    *,
+    bucket_bytes: int = BUCKET_BYTES,
+    dtype: torch.dtype | None = None,
+) -> Iterator[Bucket]:
+    """The buckets of every pipeline stage in turn, on every rank.
+
+    Every rank of the world calls it and exhausts it. A stage's rank broadcasts to the ranks of the others that hold the
+    same place in theirs, so that each has whole tensors on its own device.
+    """
+    group = parallel_state.get_pipeline_model_parallel_group()
+    own = export_tensors(model, mappings, bucket_bytes=bucket_bytes, dtype=dtype)
+    if group.size() == 1:
+        yield from own
+        return
+    device = next(model.parameters()).device
+    for stage, source in enumerate(dist.get_process_group_ranks(group)):
+        if stage == group.rank():
+            for bucket in own:
+                _describe([(name, tuple(tensor.shape), tensor.dtype) for name, tensor in bucket], source, group)
+                for _, tensor in bucket:
+                    dist.broadcast(tensor.contiguous(), src=source, group=group)
+                yield bucket
+            _describe(None, source, group)
+            continue
+        while (header := _describe(None, source, group)) is not None:
+            bucket = [(name, torch.empty(shape, dtype=kind, device=device)) for name, shape, kind in header]
+            for _, tensor in bucket:
+                dist.broadcast(tensor, src=source, group=group)
+            yield bucket
+
+
+def _describe(header: list[Any] | None, source: int, group: dist.ProcessGroup) -> list[Any] | None:
+    """What ``source`` says of its next bucket, None after its last; all ranks of ``group`` call it."""
+    said = [header]
+    dist.broadcast_object_list(said, src=source, group=group)
+    return said[0]
+
+
 def _send_bucket(bucket: Bucket, destination: int, group: dist.ProcessGroup) -> None:
     header = [(name, tuple(tensor.shape), tensor.dtype) for name, tensor in bucket]
     dist.send_object_list([header], dst=destination, group=group)

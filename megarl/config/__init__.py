@@ -6,12 +6,21 @@ other place where a default can come from.
 
 from megarl.config.algorithm import AlgorithmConfig, CriticConfig
 from megarl.config.model import CP_COMM_TYPES, PARTS, LoraConfig, ModelConfig, OptimizerConfig, ParallelConfig
-from megarl.config.rollout import DataConfig, RewardConfig, RolloutConfig, TaskConfig, WeightSyncConfig
-from megarl.config.run import CheckpointConfig, DebugConfig, ObservabilityConfig, RunConfig, TrainerConfig
+from megarl.config.rollout import ENGINE_MEMORY, DataConfig, RewardConfig, RolloutConfig, TaskConfig, WeightSyncConfig
+from megarl.config.run import (
+    TRAINER_MEMORY,
+    CheckpointConfig,
+    DebugConfig,
+    ObservabilityConfig,
+    RunConfig,
+    TrainerConfig,
+)
 
 __all__ = [
     "CP_COMM_TYPES",
+    "ENGINE_MEMORY",
     "PARTS",
+    "TRAINER_MEMORY",
     "AlgorithmConfig",
     "CheckpointConfig",
     "CriticConfig",

@@ -7,6 +7,8 @@ from typing import Any
 
 from megarl.utils.checks import check_choice, check_not_negative, check_positive
 
+ENGINE_MEMORY = ("weights", "kv_cache", "cuda_graph")  # SGLang's names of what its memory saver can release
+
 
 @dataclass
 class DataConfig:
@@ -65,8 +67,10 @@ class RolloutConfig:
     top_p: float = 1.0
     top_k: int = -1
     max_new_tokens: int = 512
-    num_engines: int = 1
-    tensor_parallel_size: int = 1  # of one engine
+    num_engines: int = 0  # 0: on GPUs as many as trainer.placement leaves room for, on a CPU one
+    tensor_parallel_size: int = 1  # of one engine; its GPUs are neighbours on one node
+    # of its memory, what a colocated engine gives to the ranks while they train: weights | kv_cache | cuda_graph
+    release: list[str] = field(default_factory=lambda: list(ENGINE_MEMORY))
     dtype: str = ""  # of the engine; empty: the model's
     eval_temperature: float = 0.0
     timeout_s: float = 600.0  # a call to an engine that takes longer counts as the engine's death
@@ -77,9 +81,11 @@ class RolloutConfig:
     engine: dict[str, Any] = field(default_factory=dict)  # further SGLang ServerArgs, verbatim
 
     def __post_init__(self) -> None:
-        check_positive("rollout", self, "group_size", "max_new_tokens", "num_engines", "tensor_parallel_size")
+        check_positive("rollout", self, "group_size", "max_new_tokens", "tensor_parallel_size")
         check_positive("rollout", self, "timeout_s", "temperature")
-        check_not_negative("rollout", self, "eval_temperature", "max_restarts")
+        check_not_negative("rollout", self, "eval_temperature", "max_restarts", "num_engines")
+        for kind in self.release:
+            check_choice("rollout.release", kind, ENGINE_MEMORY)
         if self.top_k == 0 or self.top_k < -1:
             raise ValueError(f"rollout.top_k={self.top_k} must be positive, or -1 for all tokens")
         if not 0 < self.top_p <= 1:
@@ -90,17 +96,20 @@ class RolloutConfig:
 
 @dataclass
 class WeightSyncConfig:
-    transport: str = "tensor"  # tensor (shared memory, CUDA IPC) | broadcast (gloo, NCCL) | disk
+    # tensor: CUDA IPC on each GPU, shared memory on a CPU | broadcast: NCCL, gloo | disk | auto: tensor where rank and
+    # engine share a GPU, or a node without GPUs, else broadcast
+    transport: str = "auto"
     # of a policy with model.lora: merged = its matrices, rounded to rollout.dtype | adapter = its adapters alone, which
     # the engine keeps beside the frozen matrices (decoder only)
     lora: str = "merged"
     bucket_bytes: int = 512 << 20
     verify: bool = True  # compare every tensor's checksum on both sides after each sync
     canary: bool = True  # score one prompt with an image on both sides after each sync
-    canary_tolerance: float = 0.0  # largest |difference of log-probs|; 0: 1e-4 in float32, 0.1 in bfloat16
+    # float32: largest |difference of log-probs|, 0: 1e-4; bfloat16: mean |difference of probabilities|, 0: 0.03
+    canary_tolerance: float = 0.0
 
     def __post_init__(self) -> None:
-        check_choice("weight_sync.transport", self.transport, ["tensor", "broadcast", "disk"])
+        check_choice("weight_sync.transport", self.transport, ["auto", "tensor", "broadcast", "disk"])
         check_choice("weight_sync.lora", self.lora, ["merged", "adapter"])
         check_not_negative("weight_sync", self, "canary_tolerance")
         check_positive("weight_sync", self, "bucket_bytes")

@@ -9,6 +9,8 @@ from megarl.config.model import CP_COMM_TYPES, ModelConfig, OptimizerConfig, Par
 from megarl.config.rollout import DataConfig, RewardConfig, RolloutConfig, TaskConfig, WeightSyncConfig
 from megarl.utils.checks import check_choice, check_not_negative, check_positive
 
+TRAINER_MEMORY = ("optimizer", "gradients", "parameters", "reference")
+
 
 @dataclass
 class TrainerConfig:
@@ -16,12 +18,15 @@ class TrainerConfig:
     num_steps: int = 100
     num_epochs: float = 0.0  # instead of num_steps: passes over the rows, over-long ones included; 0: num_steps
     num_nodes: int = 1
-    ranks_per_node: int = 0  # 0: as many as the model-parallel sizes need
+    ranks_per_node: int = 0  # 0: on GPUs as many as trainer.placement allows, on a CPU as the parallel sizes need
+    # colocated: ranks and engines take turns with the same GPUs | split: each has its own | auto: by the cluster's GPUs
+    placement: str = "auto"
     max_tokens_per_microbatch: int = 8192  # of a data-parallel rank: context-parallel ranks share them
     max_patches_per_microbatch: int = 65536
     share_prompts: bool = False  # compute a prompt once for all of its samples in a microbatch (sdpa attention)
-    # moved to host memory while engines generate: of optimizer | gradients | parameters
-    offload: list[str] = field(default_factory=list)
+    # what the ranks give to colocated engines while those generate: of optimizer | gradients | parameters | reference;
+    # auto: all on GPUs that they share, nothing elsewhere. CUDA contexts and NCCL's buffers stay
+    offload: list[str] = field(default_factory=lambda: ["auto"])
     # steps (of algorithm.num_minibatches optimizer steps each) by which the weights that sample may be older than those
     # that learn: engines generate the next steps while the ranks train; 0: they take turns
     max_staleness: int = 0
@@ -32,12 +37,20 @@ class TrainerConfig:
 
     def __post_init__(self) -> None:
         check_positive("trainer", self, "num_nodes", "max_tokens_per_microbatch", "max_patches_per_microbatch")
+        check_choice("trainer.placement", self.placement, ["auto", "colocated", "split"])
         for part in self.offload:
-            check_choice("trainer.offload", part, ["optimizer", "gradients", "parameters"])
+            check_choice("trainer.offload", part, ["auto", *TRAINER_MEMORY])
+        if "auto" in self.offload and len(self.offload) > 1:
+            raise ValueError(f"trainer.offload={list(self.offload)}: auto stands alone")
         check_not_negative(
             "trainer", self, "num_steps", "ranks_per_node", "eval_every", "eval_prompts", "max_staleness"
         )
-        if self.max_staleness and self.offload:
+        if self.max_staleness and self.placement == "colocated":
+            raise ValueError(
+                f"trainer.placement=colocated takes turns; with trainer.max_staleness={self.max_staleness} ranks and "
+                "engines work at the same time: trainer.placement=split"
+            )
+        if self.max_staleness and self.offload not in ([], ["auto"]):
             raise ValueError(
                 f"trainer.offload={list(self.offload)} makes room while the ranks wait for the engines; with "
                 f"trainer.max_staleness={self.max_staleness} they do not wait"
@@ -148,6 +161,11 @@ class RunConfig:
     @property
     def has_critic(self) -> bool:
         return self.algorithm.has_critic
+
+    @property
+    def collective_timeout_s(self) -> float:
+        """Longer than a rank waits for an engine: the others wait for that rank in a collective meanwhile."""
+        return max(3600.0, 2 * self.rollout.timeout_s)
 
     @property
     def estimates(self) -> tuple[str, ...]:

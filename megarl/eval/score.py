@@ -18,13 +18,22 @@ from megarl.data.datasets import Row, read_rows
 from megarl.data.packing import Packing, assign_to_bins, by_sample, pack_assigned
 from megarl.data.processors import Processor, load_processor
 from megarl.experiment import load_experiment
-from megarl.types import Sample
+from megarl.types import Placement, Sample
 from megarl.workers.group import WorkerGroup
 
 ROWS_AT_A_TIME = 256
 
 
-def score_file(config: RunConfig, checkpoint: Path, data: Path, out: Path, *, temperature: float, ban: bool) -> int:
+def score_file(
+    config: RunConfig,
+    placement: Placement,
+    checkpoint: Path,
+    data: Path,
+    out: Path,
+    *,
+    temperature: float,
+    ban: bool,
+) -> int:
     """Write ``data``'s rows to ``out`` with ``prompt_ids``, ``response_ids`` and ``logprobs``; the number of rows.
 
     ``checkpoint`` is a Hugging Face directory or a megarl checkpoint. ``out`` appears when it is complete.
@@ -45,7 +54,7 @@ def score_file(config: RunConfig, checkpoint: Path, data: Path, out: Path, *, te
     if not rows:
         raise ValueError(f"{data}: no rows")
     samples = [to_sample(row, processor) for row in rows]
-    workers = WorkerGroup(config)
+    workers = WorkerGroup(config, placement)
     try:
         workers.call("build", str(hf_dir), trainable=False, weights=not is_megatron)
         if is_megatron:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
@@ -10,10 +12,12 @@ from megarl.checkpoint import megatron as checkpoints
 from megarl.config import RunConfig
 from megarl.eval.score import score_file
 from megarl.launch.cluster import cluster
+from megarl.launch.placement import placed
 from megarl.trainer.pipelined import PipelinedTrainer
 from megarl.trainer.rl import RLTrainer
 from megarl.trainer.run import Run, check, with_num_steps
 from megarl.trainer.sft import SFTTrainer
+from megarl.types import Placement
 from megarl.workers.group import WorkerError
 
 
@@ -37,8 +41,9 @@ def _fit(trainer_class: type[RLTrainer] | type[SFTTrainer], config: RunConfig) -
     config = with_num_steps(config)
     check(config)
     run = Run(config)
-    with cluster(), run:
-        trainer = trainer_class(config, run)
+    with cluster(config), _placed(config, run, engines=trainer_class is not SFTTrainer) as (config, placement), run:
+        run.console.message(f"ranks and engines: {placement.kind}\n" + "\n".join(placement.lines))
+        trainer = trainer_class(config, run, placement)
         try:
             return trainer.fit()
         except WorkerError as error:  # the ranks have no common state that could be saved
@@ -52,6 +57,14 @@ def _fit(trainer_class: type[RLTrainer] | type[SFTTrainer], config: RunConfig) -
             trainer.close()
 
 
+@contextmanager
+def _placed(config: RunConfig, run: Run, *, engines: bool = True) -> Iterator[tuple[RunConfig, Placement]]:
+    """``placed``, and the run told what was decided."""
+    with placed(config, engines=engines) as (decided, placement):
+        run.config = decided
+        yield decided, placement
+
+
 def evaluate(config: RunConfig) -> int:
     """``megarl eval``: held-out metrics of the newest checkpoint of ``trainer.run_dir``, else of ``model.path``.
 
@@ -63,10 +76,10 @@ def evaluate(config: RunConfig) -> int:
     config = replace(config, trainer=place)
     check(config)
     run = Run(config)
-    with cluster(), run:
-        trainer = RLTrainer(config, run)
+    with cluster(config), _placed(config, run) as (config, placement), run:
+        trainer = RLTrainer(config, run, placement)
         try:
-            trainer.sync.push(trainer.rollout.engines, trainer.step, must_change=False)
+            trainer.push(must_change=False)
             run.begin()
             metrics = trainer.evaluate()
             run.log(trainer.step, metrics)
@@ -78,7 +91,7 @@ def evaluate(config: RunConfig) -> int:
 
 def score(config: RunConfig, checkpoint: str, data: str, out: Path, *, temperature: float, ban: bool) -> int:
     """``megarl score``: log-probs of the responses in ``data`` under ``checkpoint``, one row out for each row in."""
-    with cluster():
-        rows = score_file(config, Path(checkpoint), Path(data), out, temperature=temperature, ban=ban)
+    with cluster(config), placed(config, engines=False) as (config, placement):
+        rows = score_file(config, placement, Path(checkpoint), Path(data), out, temperature=temperature, ban=ban)
     print(f"{rows} rows in {out}")
     return 0

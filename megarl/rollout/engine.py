@@ -35,6 +35,7 @@ _EXTERNAL_PROCESSORS = (  # architectures whose prompts rollout.external_process
 _EXTERNAL_MODELS = (*_EXTERNAL_PROCESSORS, "Qwen2_5_VLForConditionalGeneration")  # of rollout.external_models
 _ADAPTER = "policy"  # what SGLang calls it
 _POLL_S = 0.2  # between looks at the engine's processes
+_IDLE_TIMEOUT_S = 60.0  # from the last response until the scheduler has put everything away
 
 
 class EngineDied(RuntimeError):
@@ -74,14 +75,17 @@ class Response:
     weight_versions: np.ndarray  # [N] int32, of the weights that each token was sampled from
 
 
-def engine_environment(tensor_parallel_size: int) -> dict[str, str]:
-    """Environment variables that must be set before the actor's process imports torch and SGLang."""
+def engine_environment(tensor_parallel_size: int, device: str) -> dict[str, str]:
+    """Environment variables that must be set before the actor's process imports torch and SGLang.
+
+    ``device``: cuda or cpu.
+    """
     environment = {
         "SGLANG_VLM_CACHE_SIZE_MB": "0",  # its cache of image embeddings outlives weight updates
         "PYTHONWARNINGS": "ignore::UserWarning",  # each of its processes prints a page while it imports
         "TQDM_DISABLE": "1",
     }
-    if torch.version.cuda is None:
+    if device == "cpu":
         # Threads of several processes spin against each other on few cores; CPU has no compiled kernels to gain from.
         environment |= {"SGLANG_USE_CPU_ENGINE": "1", "OMP_NUM_THREADS": "1", "TORCHDYNAMO_DISABLE": "1"}
         if tensor_parallel_size > 1:  # SGLang would give each rank a NUMA node of its own
@@ -101,11 +105,13 @@ def external_environment(architecture: str) -> dict[str, str]:
     return environment
 
 
-def server_arguments(config: RunConfig, hf_dir: str, index: int) -> dict[str, Any]:
-    """SGLang's ServerArgs of engine ``index``; ``rollout.engine`` has the last word."""
+def server_arguments(config: RunConfig, hf_dir: str, index: int, device: str) -> dict[str, Any]:
+    """SGLang's ServerArgs of engine ``index`` on ``device``, cuda or cpu; ``rollout.engine`` has the last word."""
+    dtype = config.rollout.dtype or config.model.dtype
     arguments: dict[str, Any] = {
         "model_path": hf_dir,
-        "dtype": config.rollout.dtype or config.model.dtype,
+        "dtype": dtype,
+        "enable_fp32_lm_head": dtype == "bfloat16",  # rounded logits alone move log-probs by a tenth
         "tp_size": config.rollout.tensor_parallel_size,
         "enable_multimodal": True,
         "enable_precise_embedding_interpolation": True,  # Qwen3-VL's learned positions, in CUDA graphs as elsewhere
@@ -118,10 +124,13 @@ def server_arguments(config: RunConfig, hf_dir: str, index: int) -> dict[str, An
     if config.weight_sync.lora == "adapter":  # the trainer names the layers, in rollout.engine
         rank = config.model.lora.rank
         arguments |= {"enable_lora": True, "max_lora_rank": rank, "max_loras_per_batch": 2}  # one is none
+    if config.trainer.placement == "colocated":
+        # the trainer sends the policy's weights after every release, but never again the frozen ones beside adapters
+        arguments |= {"enable_memory_saver": True, "enable_weights_cpu_backup": config.weight_sync.lora == "adapter"}
     deterministic = config.debug.deterministic
     if deterministic:
         arguments |= {"disable_radix_cache": True, "schedule_policy": "fcfs"}
-    if torch.version.cuda is None:
+    if device == "cpu":
         arguments |= {
             "device": "cpu",
             "attention_backend": "torch_native",
@@ -140,7 +149,7 @@ def server_arguments(config: RunConfig, hf_dir: str, index: int) -> dict[str, An
 class EngineActor:
     """An SGLang engine; an async Ray actor whose methods may overlap."""
 
-    def __init__(self, config: RunConfig, hf_dir: str, index: int) -> None:
+    def __init__(self, config: RunConfig, hf_dir: str, index: int, device: str = "cpu") -> None:
         self._processor = load_processor(hf_dir, config)
         os.environ |= external_environment(self._processor.config.architectures[0])
         # Here, not above: the driver that creates this actor must stay free of SGLang.
@@ -157,13 +166,14 @@ class EngineActor:
         self._sockets = tempfile.TemporaryDirectory(prefix="megarl-engine-", ignore_cleanup_errors=True)
         tempfile.tempdir = self._sockets.name
         engine_type = sglang_process.DeterministicEngine if self._deterministic else sglang_process.RolloutEngine
-        self._engine = engine_type(**server_arguments(config, hf_dir, index))
+        self._engine = engine_type(**server_arguments(config, hf_dir, index, device))
         self._manager = self._engine.tokenizer_manager
         # SGLang's watchdog would end this process before an error could say why; ``_watch`` takes its place.
         self._manager._subprocess_watchdog.stop()
         self._children = [psutil.Process(pid) for pid in self._engine.get_all_child_pids()]
         self._death: asyncio.Future[str] | None = None
         self._adapter: str | None = None  # the one that all requests use
+        self._payloads: dict[int, bytes] = {}  # of the bucket that arrives, by tensor-parallel rank
 
     async def ping(self) -> dict[str, Any]:
         """Return once the engine can serve: {"pid": of the actor, "processes": pids of SGLang's children}."""
@@ -216,19 +226,67 @@ class EngineActor:
         """Generate on, by the weights of now."""
         await self._watched(self._manager.continue_generation(self._sglang.ContinueGenerationReqInput()))
 
-    async def update_weights_from_shared(self, payloads: list[bytes], weight_version: int, flush: bool) -> None:
-        """Load a bucket of ``weight_sync.shared.share_bucket``: one payload for each tensor-parallel rank."""
-        if len(payloads) != self._tensor_parallel_size:
-            raise ValueError(f"{self._name} has {self._tensor_parallel_size} ranks and got {len(payloads)} payloads")
+    async def update_weights_from_shared(self, payloads: dict[int, bytes], weight_version: int) -> None:
+        """Load a bucket of ``weight_sync.shared.share_bucket``: a payload for each tensor-parallel rank.
+
+        They may come from several callers, each with those of the engine's ranks on its own GPU; all of them return
+        when the bucket is loaded. A caller sends its next bucket after that.
+        """
+        wrong = [rank for rank in payloads if not 0 <= rank < self._tensor_parallel_size or rank in self._payloads]
+        if wrong or not payloads:
+            raise ValueError(f"{self._name} has {self._tensor_parallel_size} ranks and got payloads for {wrong}")
+        if not self._payloads:
+            self._loading = asyncio.get_running_loop().create_future()
+        loading = self._loading
+        self._payloads |= payloads
+        if len(self._payloads) == self._tensor_parallel_size:
+            ready = [self._payloads[rank] for rank in range(self._tensor_parallel_size)]
+            self._payloads = {}
+            try:
+                await self._load_shared(ready, weight_version)
+                loading.set_result(None)
+            except BaseException as error:
+                loading.set_exception(error)
+        await asyncio.shield(loading)
+
+    async def _load_shared(self, payloads: list[bytes], weight_version: int) -> None:
         message = self._sglang.UpdateWeightsFromTensorReqInput(
             serialized_named_tensors=payloads,
             load_format="flattened_bucket",
-            flush_cache=flush,
+            flush_cache=False,
             weight_version=str(weight_version),
         )
         self._check(
             "update_weights_from_shared", await self._watched(self._manager.update_weights_from_tensor(message))
         )
+
+    async def forget(self) -> None:
+        """Drop what was computed with weights of before: the caches of prompts."""
+        await self._flush()
+
+    async def release(self, kinds: list[str]) -> None:
+        """Give back ``kinds`` of the engine's memory (``rollout.release``), once nothing is computed any more.
+
+        Weights are lost: they must be sent again after ``resume``, except frozen ones beside adapters, which SGLang
+        keeps in host memory.
+        """
+        await self._flush()  # which waits until the scheduler has nothing left to do; SGLang's release would die of it
+        await self._watched(
+            self._manager.release_memory_occupation(self._sglang.ReleaseMemoryOccupationReqInput(tags=list(kinds)))
+        )
+
+    async def reclaim(self, kinds: list[str]) -> None:
+        """Take ``kinds`` of memory back that ``release`` gave."""
+        await self._watched(
+            self._manager.resume_memory_occupation(self._sglang.ResumeMemoryOccupationReqInput(tags=list(kinds)))
+        )
+
+    async def _flush(self) -> None:
+        deadline = time.monotonic() + _IDLE_TIMEOUT_S
+        while not (await self._watched(self._manager.flush_cache())).success:
+            if time.monotonic() > deadline:
+                raise RuntimeError(f"{self._name} still computes {_IDLE_TIMEOUT_S:g} s after its last response")
+            await asyncio.sleep(_POLL_S / 10)
 
     async def init_broadcast(
         self, master_address: str, master_port: int, rank_offset: int, world_size: int, backend: str, group_name: str
@@ -257,7 +315,6 @@ class EngineActor:
         *,
         group_name: str,
         weight_version: int,
-        flush: bool,
     ) -> None:
         """Receive and load the bucket that rank 0 sends with ``weight_sync.broadcast.broadcast_bucket``."""
         message = self._sglang.UpdateWeightsFromDistributedReqInput(
@@ -266,7 +323,7 @@ class EngineActor:
             shapes=shapes,
             group_name=group_name,
             load_format="flattened_bucket",
-            flush_cache=flush,
+            flush_cache=False,
             weight_version=str(weight_version),
         )
         self._check("receive_broadcast", await self._watched(self._manager.update_weights_from_distributed(message)))
@@ -299,7 +356,7 @@ class EngineActor:
         self._adapter = _ADAPTER
         version = self._sglang.UpdateWeightVersionReqInput(new_version=str(weight_version), abort_all_requests=False)
         await self._watched(self._manager.update_weight_version(version))
-        await self._watched(self._manager.flush_cache())  # what the last adapters made is of no more use
+        await self.forget()  # what the last adapters made is of no more use
 
     async def checksums(self, *, adapters: bool = False) -> dict[str, str]:
         """``utils.checksum.tensor_checksum`` of every live weight, whole and under its checkpoint name.

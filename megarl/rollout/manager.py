@@ -11,7 +11,7 @@ import itertools
 import logging
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,16 +23,20 @@ from megarl.config import RunConfig
 from megarl.data.demonstrations import answer_sample
 from megarl.data.processors import load_processor
 from megarl.rollout.engine import Batch, EngineActor, EngineDied, Request, Response, engine_environment
-from megarl.types import Demonstration, EncodedPrompt, Media, Sample
+from megarl.types import Demonstration, EncodedPrompt, Media, Placement, Sample
 from megarl.utils.errors import RunFailure, death_of
 
 logger = logging.getLogger(__name__)
 
-_START_TIMEOUT_S = 1800.0  # loading a large model takes minutes
+_START_TIMEOUT_S = 1800  # loading a large model takes minutes
+_SAY_S = 120  # between lines about an engine that is still starting
 _MAX_CALLS = 1 << 20  # of one engine at a time; SGLang queues them itself
 _LOOK_S = 0.1  # between looks of a thread that waits for another to replace an engine
 _POLL_S = 1.0  # longest wait before the engines' deadlines are looked at
 _NOTHING = np.zeros(0, np.int32)  # tokens
+
+
+def _nothing() -> None: ...
 
 
 class EngineError(RunFailure):
@@ -83,10 +87,12 @@ def draws_of(encoded: EncodedPrompt, group_size: int, temperature: float, *, gre
 
 
 class RolloutManager:
-    """``rollout.num_engines`` engines of the model in ``hf_dir``.
+    """The engines of the model in ``hf_dir``, where ``placement`` has them.
 
-    ``sync`` is called with the handles of engines that were restarted and hold the weights of ``hf_dir`` again; it must
-    bring them to the current weights. ``actor_options`` are Ray's, one dict an engine, on top of our own.
+    ``sync`` is called with the index of an engine that was restarted and holds the weights of ``hf_dir`` again; it must
+    bring it to the current weights. Colocated engines lend memory to the ranks (``release``); whoever uses the manager
+    sees to it that they have it when they generate: ``take_turn`` is called before they do, ``make_room`` before a new
+    engine takes all of its memory.
     """
 
     def __init__(
@@ -94,18 +100,23 @@ class RolloutManager:
         config: RunConfig,
         hf_dir: str,
         *,
-        sync: Callable[[list[Any]], None],
-        actor_options: list[dict[str, Any]] | None = None,
+        sync: Callable[[int], None],
+        placement: Placement | None = None,
+        make_room: Callable[[], None] | None = None,
     ) -> None:
         self._config, self._hf_dir, self._sync = config, str(hf_dir), sync
-        self._actor_options = actor_options or [{}] * config.rollout.num_engines
+        self._placement = placement or Placement()
+        self._actor_options = self._placement.engine_options or [{}] * max(1, config.rollout.num_engines)
+        self._make_room = make_room or _nothing
+        self.take_turn: Callable[[], None] = _nothing
+        self._lent: list[set[str]] = [set() for _ in self._actor_options]  # kinds of memory, by engine
         self._processor = load_processor(hf_dir, config)
         self.num_restarts = 0
         self._owner, self._lock, self._closed = threading.get_ident(), threading.Lock(), False
         self._lost: dict[int, str] = {}  # engines that other threads found dead -> why
         self._batch_names = itertools.count(1)  # an engine must never see one name twice
         self.engines: list[Any] = []  # Ray handles of EngineActor
-        self.engines = [self._launch(index) for index in range(config.rollout.num_engines)]
+        self.engines = [self._launch(index) for index in range(len(self._actor_options))]
         for index in range(len(self.engines)):
             self._await_start(index)
 
@@ -129,6 +140,7 @@ class RolloutManager:
         finished, ``progress`` (finished prompts, all prompts). With ``debug.deterministic`` the weights, ``step_seed``
         and ``first_group`` decide every bit of the result; without, ``step_seed`` is not used.
         """
+        self.take_turn()
         draws = [draws_of(prompt, group_size, temperature, greedy=greedy) for prompt in prompts]
         rollout = _Rollout(self, prompts, draws, max_new_tokens, step_seed, first_group)
         for index in range(len(self.engines)):
@@ -145,7 +157,31 @@ class RolloutManager:
 
     def score(self, tokens: np.ndarray, media: Media, engine: int = 0) -> np.ndarray:
         """Log-probs [L - 1] of ``tokens[1:]`` by one engine: see ``EngineActor.score``."""
+        self.take_turn()
         return ray.get(self.engines[engine].score.remote(tokens, media), timeout=self._config.rollout.timeout_s)
+
+    def release(self, kinds: Sequence[str]) -> bool:
+        """Have all engines lend ``kinds`` of ``rollout.release``; whether any had to. No response may be under way."""
+        return self._move("release", kinds, lent=False)
+
+    def reclaim(self, kinds: Sequence[str]) -> bool:
+        """Give all engines ``kinds`` of their memory back; whether any needed it. Weights must be sent then."""
+        return self._move("reclaim", kinds, lent=True)
+
+    def _move(self, method: str, kinds: Sequence[str], *, lent: bool) -> bool:
+        wanted = {
+            index: [kind for kind in kinds if (kind in held) == lent]
+            for index, held in enumerate(self._lent)
+            if index not in self._lost
+        }
+        calls = {index: getattr(self.engines[index], method).remote(moved) for index, moved in wanted.items() if moved}
+        for index, call in calls.items():
+            try:
+                ray.get(call, timeout=self._config.rollout.timeout_s)
+            except (RayActorError, RayTaskError, GetTimeoutError) as error:
+                death_cause(error)  # a dead engine has given back everything; who talks to it next replaces it
+            self._lent[index] ^= set(wanted[index])
+        return bool(calls)
 
     def ensure_alive(self) -> None:
         """Restart and sync every engine that does not answer; call it before talking to the engines directly."""
@@ -192,9 +228,11 @@ class RolloutManager:
             raise EngineError(f"engine {index} is lost: {cause}; rollout.max_restarts={max_restarts} are spent")
         self.num_restarts += 1
         logger.warning("engine %d is lost: %s; restart %d of %d", index, cause, self.num_restarts, max_restarts)
+        self._make_room()
+        self._lent[index] = set()
         self.engines[index] = self._launch(index)
         self._await_start(index)
-        self._sync([self.engines[index]])
+        self._sync(index)
 
     def shutdown(self) -> None:
         """Stop all engines and their processes; rollouts in other threads end with an ``EngineError``."""
@@ -209,23 +247,28 @@ class RolloutManager:
         options: dict[str, Any] = {
             "num_cpus": 0,  # engines are placed by their GPUs, or share a CPU machine with the trainer
             "max_concurrency": _MAX_CALLS,
-            "runtime_env": {"env_vars": engine_environment(self._config.rollout.tensor_parallel_size)},
         }
-        if "GPU" in ray.cluster_resources():
-            options["num_gpus"] = self._config.rollout.tensor_parallel_size
-        actor = ray.remote(EngineActor).options(**(options | self._actor_options[index]))
-        return actor.remote(self._config, self._hf_dir, index)
+        env = engine_environment(self._config.rollout.tensor_parallel_size, self._placement.device)
+        placed = dict(self._actor_options[index])
+        env |= placed.pop("runtime_env", {}).get("env_vars", {})
+        actor = ray.remote(EngineActor).options(**(options | placed), runtime_env={"env_vars": env})
+        return actor.remote(self._config, self._hf_dir, index, self._placement.device)
 
     def _await_start(self, index: int) -> None:
         try:
-            ray.get(self.engines[index].ping.remote(), timeout=_START_TIMEOUT_S)
+            started = self.engines[index].ping.remote()
+            for waited in range(0, _START_TIMEOUT_S, _SAY_S):
+                if ray.wait([started], timeout=_SAY_S)[0]:
+                    break
+                logger.warning("engine %d has been starting for %d s", index, waited + _SAY_S)
+            ray.get(started, timeout=_POLL_S)
         except RayTaskError as error:  # raised by our code, or by SGLang's in the actor itself
             raise EngineError(f"engine {index} did not start: {error}") from error
         except RayActorError as error:  # SGLang ends the actor when one of its processes fails
             hint = "why is in what it printed, above and in worker-*.err under Ray's session_latest/logs"
             raise EngineError(f"engine {index} did not start: {hint} ({death_cause(error)})") from error
         except GetTimeoutError as error:
-            raise EngineError(f"engine {index} did not start in {_START_TIMEOUT_S:g} s") from error
+            raise EngineError(f"engine {index} did not start in {_START_TIMEOUT_S} s") from error
 
 
 class _Rollout:
@@ -292,12 +335,15 @@ class _Rollout:
 
     def collect(self) -> list[list[Sample]]:
         """Wait a moment and return the groups that were finished; replaces engines that the last call found dead."""
-        for engine, cause in self._dead.items():
+        for engine in self._dead:
             self.calls = {call: place for call, place in self.calls.items() if place[0] != engine}
+        # a new engine gets its weights from ranks, which have no memory while colocated engines generate
+        turns = self._manager._placement.kind == "colocated"
+        for engine, cause in list(self._dead.items()) if not (turns and self.calls) else []:
+            del self._dead[engine]
             self._manager.replace(engine, self._handles[engine], cause)
             self.submit(engine)
             self._heard = [time.monotonic()] * len(self._heard)  # who waits here hears nobody
-        self._dead = {}
         if not self.calls:
             return []
         ready, _ = ray.wait(list(self.calls), num_returns=1, timeout=_POLL_S)

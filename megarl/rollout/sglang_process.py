@@ -7,6 +7,7 @@ scheduler's place: one that reports checksums under checkpoint names, one that m
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Iterable
 from typing import Any, ClassVar
@@ -16,6 +17,7 @@ import torch
 from megarl.rollout import cpu_shims
 
 cpu_shims.install()
+ON_CPU = os.environ.get("SGLANG_USE_CPU_ENGINE") == "1"  # as SGLang itself decides it, by ``engine_environment``
 
 from sglang.srt.entrypoints.engine import Engine  # noqa: E402
 from sglang.srt.layers.attention import attention_registry  # noqa: E402
@@ -32,6 +34,8 @@ from sglang.srt.managers.io_struct import (  # noqa: E402, F401 - what an engine
     InitWeightsUpdateGroupReqInput,
     LoadLoRAAdapterFromTensorsReqInput,
     PauseGenerationReqInput,
+    ReleaseMemoryOccupationReqInput,
+    ResumeMemoryOccupationReqInput,
     UnloadLoRAAdapterReqInput,
     UpdateWeightFromDiskReqInput,
     UpdateWeightsFromDistributedReqInput,
@@ -42,9 +46,13 @@ from sglang.srt.model_executor import model_runner  # noqa: E402
 from sglang.srt.runtime_context import get_context  # noqa: E402
 from sglang.srt.utils.weight_checker import ChecksumInfo, WeightChecker  # noqa: E402
 
+from megarl.rollout import cpu_memory  # noqa: E402
 from megarl.rollout.cpu_attention import BatchedTorchAttention  # noqa: E402
 from megarl.rollout.live_weights import adapter_tensors, hf_tensors  # noqa: E402
 from megarl.utils.checksum import tensor_checksum  # noqa: E402
+
+if ON_CPU:
+    cpu_memory.install()
 
 
 class KnownLoRAManager(LoRAManager):
@@ -116,7 +124,7 @@ class DeterministicScheduler(RolloutScheduler):
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self._started_batch = ""
-        if torch.version.cuda is None:
+        if ON_CPU:
             # SGLang's switch refuses the torch_native attention backend, the only one on CPU. Set after construction
             # it does one thing: SamplingParams.sampling_seed is honoured.
             get_context().override("megarl.deterministic", enable_deterministic_inference=True)
@@ -152,7 +160,7 @@ def run_scheduler_process(*args: Any, **kwargs: Any) -> None:
         scheduler.Scheduler = RolloutScheduler
     model_runner.WeightChecker = CheckpointWeightChecker
     model_runner.LoRAManager = KnownLoRAManager
-    if torch.version.cuda is None:
+    if ON_CPU:
         cpu_shims.unpin(layers, torch_backend)
         cpu_shims.choose_experts_in_torch(topk)
         attention_registry.ATTENTION_BACKENDS["torch_native"] = BatchedTorchAttention

@@ -14,6 +14,7 @@ from megarl.config import RunConfig
 from megarl.trainer.rl import RLTrainer
 from megarl.trainer.run import Run
 from megarl.trainer.sampler import Rollout
+from megarl.types import Placement
 
 _POLL_S = 1.0  # between looks at engines that the thread found dead
 
@@ -28,8 +29,8 @@ class PipelinedTrainer(RLTrainer):
     behind the last trained step: those under way are drawn again.
     """
 
-    def __init__(self, config: RunConfig, run: Run) -> None:
-        super().__init__(config, run)
+    def __init__(self, config: RunConfig, run: Run, placement: Placement) -> None:
+        super().__init__(config, run, placement)
         self.thread = ThreadPoolExecutor(1, thread_name_prefix="rollout")  # one: steps draw their prompts in order
         self.ahead: dict[int, Future[Rollout]] = {}  # by step
 

@@ -28,7 +28,8 @@ from megarl.trainer.metrics import sample_metrics, staleness_metrics
 from megarl.trainer.run import Run, prompt_source
 from megarl.trainer.sampler import Rollout, StepSampler
 from megarl.trainer.sync import WeightSync
-from megarl.types import EncodedPrompt, PackedBatch, Sample
+from megarl.trainer.turns import Turns
+from megarl.types import EncodedPrompt, PackedBatch, Placement, Sample
 from megarl.utils.errors import RunFailure
 from megarl.workers.group import WorkerGroup
 
@@ -36,9 +37,10 @@ from megarl.workers.group import WorkerGroup
 class RLTrainer:
     """The driver of a run: it holds handles, positions and numbers; tensors stay on the ranks and in the engines."""
 
-    def __init__(self, config: RunConfig, run: Run) -> None:
+    def __init__(self, config: RunConfig, run: Run, placement: Placement) -> None:
         self.config, self.run = config, run
-        self.workers = WorkerGroup(config)
+        self.workers = WorkerGroup(config, placement)
+        self.turns = Turns(config, self.workers)
         saved = run.build_workers(self.workers)
         self.step: int = saved["step"]
         hf_dir = run.model_directory
@@ -55,13 +57,23 @@ class RLTrainer:
         self.dropped: int = saved.get("reward_dropped", 0)
         self.state = self.positions({"source": self.source.state_dict(), **self.demonstrator.state_dict()})
         self.rewards = RewardRunner(reward_functions(config), config.rewards)
+        self.turns.make_room()
         self.rollout = RolloutManager(
-            self.engine_config(hf_dir), hf_dir, sync=lambda engines: self.sync.resend(engines, self.step)
+            self.engine_config(hf_dir),
+            hf_dir,
+            sync=lambda index: self.sync.resend({index: self.rollout.engines[index]}, self.step),
+            placement=placement,
+            make_room=self.turns.make_room,
         )
+        self.turns.rollout = self.rollout
+        if self.turns.shared:
+            self.workers.take_turn, self.rollout.take_turn = self.turns.ranks, self.turns.engines
         run.console.message(f"{len(self.rollout.engines)} SGLang engine(s) ready")
         self.sync = WeightSync(
             config,
             self.workers,
+            turns=self.turns,
+            sources=placement.sources,
             packing=self.packing,
             canary=self.canary(),
             banned_token_ids=self.processor.banned_token_ids,
@@ -97,6 +109,7 @@ class RLTrainer:
                 self.step, self.state = step, self.positions(rollout.positions)
                 with self.run.timer("update_weights"):
                     metrics |= self.push(must_change=metrics["actor/grad_norm"] * metrics["actor/lr"] > 0)
+                metrics |= self.turns.metrics()
             for callback in self.callbacks:
                 callback.on_step(samples, metrics)
             self.run.log(step, metrics)
@@ -108,8 +121,10 @@ class RLTrainer:
 
     def generate(self, step: int) -> Rollout:
         """The samples that ``step`` is trained on."""
-        self.workers.release()
-        return self.sampler.sample(step, partial(self.run.console.progress, "generate"))
+        self.turns.engines()
+        rollout = self.sampler.sample(step, partial(self.run.console.progress, "generate"))
+        self.turns.training()
+        return rollout
 
     def push(self, *, must_change: bool) -> dict[str, float]:
         """Sync all engines; when one dies meanwhile, replace it and begin again."""
@@ -179,7 +194,7 @@ class RLTrainer:
 
     def evaluate(self) -> dict[str, float]:
         """Metrics on held-out prompts."""
-        self.workers.release()
+        self.turns.engines()
         return self.evaluation.run(self.step, progress=partial(self.run.console.progress, "evaluate"))
 
     def positions(self, drawn: dict[str, Any]) -> dict[str, Any]:

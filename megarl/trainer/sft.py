@@ -17,7 +17,7 @@ from megarl.data.source import Limit
 from megarl.tasks.task import Task, build_tasks
 from megarl.trainer.callbacks import Callback, Evaluate, Report, Save
 from megarl.trainer.run import Run, prompt_source
-from megarl.types import EncodedPrompt, PackedBatch, Sample
+from megarl.types import EncodedPrompt, PackedBatch, Placement, Sample
 from megarl.workers.group import WorkerGroup
 
 logger = logging.getLogger(__name__)
@@ -37,9 +37,9 @@ def length_limit(config: RunConfig, processor: Processor) -> Limit:
 class SFTTrainer:
     """Cross entropy on the turns of assistants, or on ``Prompt.target``; the words of others are never in the loss."""
 
-    def __init__(self, config: RunConfig, run: Run) -> None:
+    def __init__(self, config: RunConfig, run: Run, placement: Placement) -> None:
         self.config, self.run = config, run
-        self.workers = WorkerGroup(config)
+        self.workers = WorkerGroup(config, placement)
         saved = run.build_workers(self.workers)
         self.step: int = saved["step"]
         self.processor = load_processor(run.model_directory, config)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -12,9 +13,11 @@ from ray.actor import ActorHandle
 
 from megarl.config import RunConfig
 from megarl.data.packing import Packing, pack_bins
+from megarl.trainer.turns import Turns
 from megarl.types import EncodedPrompt, Sample
 from megarl.utils.errors import RunFailure
 from megarl.workers.group import WorkerGroup
+from megarl.workers.sender import Listener
 
 
 class WeightSyncError(RunFailure):
@@ -33,26 +36,30 @@ class WeightSync:
         config: RunConfig,
         workers: WorkerGroup,
         *,
+        turns: Turns,
+        sources: list[list[int]],
         packing: Packing,
         canary: EncodedPrompt,
         banned_token_ids: Sequence[int],
     ) -> None:
+        """``sources``: ``Placement.sources``."""
         self.config, self.workers, self.packing, self.canary = config, workers, packing, canary
+        self.turns, self.sources = turns, sources
         # an engine has its own names for image placeholders, and nothing precedes the first token
         self.scored = ~np.isin(canary.tokens, list(banned_token_ids)) & (np.arange(len(canary.tokens)) > 0)
         self.version = -1
         self.prepared: list[ActorHandle] = []  # engines that hold the frozen matrices, for weight_sync.lora=adapter
         self.digest: dict[str, str] = {}  # checksums of the last version that was sent
-        tolerance = config.weight_sync.canary_tolerance
-        self.tolerance = tolerance or (1e-4 if config.model.dtype == "float32" else 0.1)
+        rounded = "bfloat16" in (config.model.dtype, config.rollout.dtype)
+        self.judge = Judge(rounded, config.weight_sync.canary_tolerance or (0.03 if rounded else 1e-4))
 
     def push(self, engines: list[ActorHandle], version: int, *, must_change: bool) -> dict[str, float]:
-        """Send the policy to ``engines`` as ``version``; what is worth logging.
+        """Send the policy to ``engines``, all that there are, as ``version``; what is worth logging.
 
         Raises ``WeightSyncError`` when a tensor differs afterwards, when the canary does, or when ``must_change`` and
         the weights are those of the last version.
         """
-        sent, metrics = self._deliver(engines, version)
+        sent, metrics = self._deliver(dict(enumerate(engines)), version)
         if must_change and self.digest and version != self.version and sent == self.digest:
             raise WeightSyncError(
                 f"step {version}: no tensor changed since version {self.version} although the optimizer made a step"
@@ -60,64 +67,110 @@ class WeightSync:
         self.version, self.digest = version, sent
         return metrics
 
-    def resend(self, engines: list[ActorHandle], version: int) -> None:
-        """Give engines that were restarted what the ranks hold, which is ``version``."""
+    def resend(self, engines: dict[int, ActorHandle], version: int) -> None:
+        """Give engines that were restarted, by their index, what the ranks hold, which is ``version``."""
         self._deliver(engines, version)
 
-    def _deliver(self, engines: list[ActorHandle], version: int) -> tuple[dict[str, str], dict[str, float]]:
+    def _deliver(self, engines: dict[int, ActorHandle], version: int) -> tuple[dict[str, str], dict[str, float]]:
         timeout, pause = self.config.rollout.timeout_s, self.config.partial_rollouts
+        handles = list(engines.values())
+        self.turns.sending()
         if pause:
-            ray.get([engine.pause.remote() for engine in engines], timeout=timeout)
+            ray.get([engine.pause.remote() for engine in handles], timeout=timeout)
         adapters = self.config.weight_sync.lora == "adapter"
         if adapters:
-            self._prepare([engine for engine in engines if engine not in self.prepared], version)
-            sent = self.workers.call("send_adapters", engines, version)[0]
+            self._prepare({i: engine for i, engine in engines.items() if engine not in self.prepared}, version)
+            sent = self.workers.call("send_adapters", handles, version)[0]
             if not sent:
                 raise WeightSyncError(f"version {version}: the policy has no adapters to send")
         else:
             sent = self._send_weights(engines, version)
-        metrics = {"sync/tensors": float(len(sent))}
-        checks, canary = self.config.weight_sync.verify, self.config.weight_sync.canary
-        held = [engine.checksums.remote(adapters=adapters) for engine in engines] if checks else []
+        checks = self.config.weight_sync.verify
+        held = [engine.checksums.remote(adapters=adapters) for engine in handles] if checks else []
         if pause:  # before the canary, which an engine that stands still does not answer
-            ray.get([engine.resume.remote() for engine in engines], timeout=timeout)
-        theirs = [engine.score.remote(self.canary.tokens, self.canary.media) for engine in engines] if canary else []
-        ours = self._score_canary() if canary else None  # at the same time as the engines
-        for index, checksums in enumerate(ray.get(held, timeout=timeout)):
+            ray.get([engine.resume.remote() for engine in handles], timeout=timeout)
+        metrics = {"sync/tensors": float(len(sent))} | self._compare_canary(engines, version)
+        for index, checksums in zip(engines, ray.get(held, timeout=timeout), strict=checks):
             _compare(f"engine {index}", version, sent, checksums)
             metrics["sync/verified_tensors"] = float(len(sent))
-        for index, scored in enumerate(ray.get(theirs, timeout=timeout)):
-            difference = float(np.abs(ours - np.asarray(scored)[self.scored[1:]]).max())
-            if not difference <= self.tolerance:
-                raise WeightSyncError(
-                    f"engine {index} with version {version} scores the canary prompt {self.canary.prompt.id} "
-                    f"differently: max |log-prob difference| {difference:.3g} > {self.tolerance:.3g}"
-                )
-            metrics["sync/canary_abs_diff"] = max(difference, metrics.get("sync/canary_abs_diff", 0.0))
         return sent, metrics
 
-    def _prepare(self, engines: list[ActorHandle], version: int) -> None:
+    def _compare_canary(self, engines: dict[int, ActorHandle], version: int) -> dict[str, float]:
+        """Score the canary on both sides; how far they are apart. The engines have all of their memory afterwards."""
+        if not self.config.weight_sync.canary:
+            self.turns.engines()
+            return {}
+
+        def ask() -> list[ray.ObjectRef]:
+            return [engine.score.remote(self.canary.tokens, self.canary.media) for engine in engines.values()]
+
+        if self.turns.shared:
+            ours = self._score_canary()
+            self.turns.engines()
+            theirs = ask()
+        else:
+            theirs = ask()  # at the same time as the ranks
+            ours = self._score_canary()
+        metrics: dict[str, float] = {}
+        for index, scored in zip(engines, ray.get(theirs, timeout=self.config.rollout.timeout_s), strict=True):
+            difference = self.judge.compare(ours, np.asarray(scored)[self.scored[1:]])
+            if difference.failure:
+                first = (
+                    ""
+                    if self.version >= 0
+                    else "; on the first sync this can be rounding: weight_sync.canary_tolerance"
+                )
+                raise WeightSyncError(
+                    f"engine {index} with version {version} scores the canary prompt {self.canary.prompt.id} "
+                    f"differently: {difference.failure}{first}"
+                )
+            for name, value in difference.metrics.items():
+                metrics[name] = max(value, metrics.get(name, 0.0))
+        return metrics
+
+    def _prepare(self, engines: dict[int, ActorHandle], version: int) -> None:
         """Give engines the frozen matrices that adapters are beside, once."""
         if not engines:
             return
         sent = self._send_weights(engines, version, merged=False)
         if self.config.weight_sync.verify:
-            held = [engine.checksums.remote() for engine in engines]
-            for index, checksums in enumerate(ray.get(held, timeout=self.config.rollout.timeout_s)):
+            held = [engine.checksums.remote() for engine in engines.values()]
+            for index, checksums in zip(engines, ray.get(held, timeout=self.config.rollout.timeout_s), strict=True):
                 _compare(f"new engine {index}", version, sent, checksums)
-        self.prepared += engines
+        self.prepared += engines.values()
 
-    def _send_weights(self, engines: list[ActorHandle], version: int, **options: bool) -> dict[str, str]:
-        send = self._send_files if self.config.weight_sync.transport == "disk" else self._send_tensors
-        return send(engines, version, **options)
+    def _send_weights(self, engines: dict[int, ActorHandle], version: int, **options: bool) -> dict[str, str]:
+        if self.config.weight_sync.transport == "disk":
+            return self._send_files(list(engines.values()), version, **options)
+        return (self._send_here if self.sources else self._send_by_stage)(engines, version, **options)
 
-    def _send_tensors(self, engines: list[ActorHandle], version: int, **options: bool) -> dict[str, str]:
+    def _send_here(self, engines: dict[int, ActorHandle], version: int, **options: bool) -> dict[str, str]:
+        """Every rank sends to the engine ranks on its own GPU, after stages have told each other their weights."""
+        audiences: list[list[Listener]] = [[] for _ in self.workers.ranks]
+        for index, engine in engines.items():
+            for source in dict.fromkeys(self.sources[index]):
+                ranks = [rank for rank, other in enumerate(self.sources[index]) if other == source]
+                audiences[source].append(Listener(engine, ranks))
+        return self.workers.gather(
+            [
+                rank.send_weights.remote(audience, version, True, relayed=True, **options)
+                for rank, audience in zip(self.workers.ranks, audiences, strict=True)
+            ]
+        )[0]
+
+    def _send_by_stage(self, engines: dict[int, ActorHandle], version: int, **options: bool) -> dict[str, str]:
+        """The first rank of each pipeline stage sends the stage's weights to all engines; stages take turns."""
         sent: dict[str, str] = {}
+        everyone = list(range(self.config.rollout.tensor_parallel_size))
+        audience = [Listener(engine, everyone) for engine in engines.values()]
         stages = self.workers.exporters()
         for index, stage in enumerate(stages):
             final = index == len(stages) - 1
             results = self.workers.gather(
-                [rank.send_weights.remote(engines, version, final, **options) for rank in stage]
+                [
+                    rank.send_weights.remote([] if i else audience, version, final, **options)
+                    for i, rank in enumerate(stage)
+                ]
             )
             sent |= results[0]
         return sent
@@ -145,6 +198,38 @@ class WeightSync:
         )
         bins = pack_bins([sample], self.packing, self.workers.data_parallel_size)
         return self.workers.logprobs(bins, temperature=1.0, ban=False)[0][0]
+
+
+@dataclass(frozen=True)
+class Difference:
+    """How far the canary's log-probs are apart, and why that is too far, if it is."""
+
+    metrics: dict[str, float]
+    failure: str
+
+
+@dataclass(frozen=True)
+class Judge:
+    """Whether two sides compute the same.
+
+    In float32 the largest difference of log-probs decides. Rounded to bfloat16, right implementations differ by half a
+    unit on some unlikely token, so the mean difference of probabilities decides, and only a gross maximum beside it.
+    """
+
+    rounded: bool
+    tolerance: float
+
+    GROSS = 2.0  # of a log-prob in bfloat16
+
+    def compare(self, ours: np.ndarray, theirs: np.ndarray) -> Difference:
+        """Judge two arrays [N] of log-probs."""
+        largest = float(np.abs(ours - theirs).max())
+        mean = float(np.abs(np.exp(ours) - np.exp(theirs)).mean())
+        checks = [("max |log-prob difference|", largest, self.GROSS if self.rounded else self.tolerance)]
+        if self.rounded:
+            checks.append(("mean |probability difference|", mean, self.tolerance))
+        wrong = [f"{name} {value:.3g} > {limit:.3g}" for name, value, limit in checks if not value <= limit]
+        return Difference({"sync/canary_abs_diff": largest, "sync/canary_probs_diff_mean": mean}, ", ".join(wrong))
 
 
 def _compare(engine: str, version: int, sent: dict[str, str], held: dict[str, str]) -> None:

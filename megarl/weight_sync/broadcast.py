@@ -57,12 +57,31 @@ def create_group(
     return group
 
 
-def broadcast_bucket(named_tensors: list[tuple[str, Tensor]], group: dist.ProcessGroup) -> None:
-    """Send tensors of one dtype and device to all engines, which must have been told their ``layout``."""
+@dataclass
+class Broadcast:
+    """A bucket on its way: its memory must live until ``wait`` returned."""
+
+    flat: Tensor
+    work: dist.Work
+
+    def wait(self) -> None:
+        """Return when the bucket was sent; on CUDA the current stream waits, not the host."""
+        self.work.wait()
+
+
+def broadcast_bucket(named_tensors: list[tuple[str, Tensor]], group: dist.ProcessGroup) -> Broadcast:
+    """Begin to send tensors of one dtype and device to all engines, which must have been told their ``layout``."""
     flat = torch.cat([tensor.detach().contiguous().view(-1).view(torch.uint8) for _, tensor in named_tensors])
-    dist.broadcast(flat, src=0, group=group)
+    return Broadcast(flat, dist.broadcast(flat, src=0, group=group, async_op=True))
 
 
 def destroy_group(group: dist.ProcessGroup) -> None:
     """Leave the group."""
+    dist.destroy_process_group(group)
+
+
+def abort_group(group: dist.ProcessGroup) -> None:
+    """Leave the group without its other members; a collective of NCCL's that waits for them ends on the device."""
+    if dist.get_backend(group) == "nccl":
+        group.abort()
     dist.destroy_process_group(group)

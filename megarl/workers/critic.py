@@ -61,7 +61,7 @@ class Critic:
             config.optimizer, lr=config.critic.lr, min_lr=min(config.optimizer.min_lr, config.critic.lr)
         )
         self.trained = build_trainable(config, self.model, optimizer, self.updates * config.trainer.num_steps)
-        self.offload = Offload(config.trainer.offload, [self.model], self.trained.ddp, self.trained.optimizer)
+        self.offload = Offload([self.model], self.trained.ddp, self.trained.optimizer)
 
     @property
     def is_warming_up(self) -> bool:

@@ -10,17 +10,22 @@ from typing import Any
 
 import numpy as np
 import ray
-import torch
 from ray.actor import ActorHandle
 from ray.exceptions import RayActorError, RayTaskError
 
 from megarl.algorithms.corrections import finish
 from megarl.config import RunConfig
-from megarl.types import Estimates, PackedBatch, VisionShare
+from megarl.types import Estimates, PackedBatch, Placement, VisionShare
 from megarl.utils.errors import RunFailure, death_of
 from megarl.utils.network import free_port
 from megarl.workers.passes import Totals
 from megarl.workers.policy import PolicyWorker
+
+# what ranks do while engines have the memory, or before there are any
+_WITHOUT_MEMORY = {"setup", "build", "release", "finish_saving", "adapter_modules"}
+
+
+def _nothing() -> None: ...
 
 
 class WorkerError(RunFailure):
@@ -43,11 +48,14 @@ class _RankActor(PolicyWorker):
 class WorkerGroup:
     """All ranks of the trainer. A method here calls the worker's method of the same name on every rank."""
 
-    def __init__(self, config: RunConfig, env: dict[str, str] | None = None) -> None:
+    def __init__(self, config: RunConfig, placement: Placement) -> None:
         self.config = config
-        gpus = 1 if torch.cuda.is_available() else 0
-        actor = ray.remote(_RankActor).options(num_cpus=0, num_gpus=gpus, runtime_env={"env_vars": env or {}})
-        self.ranks: list[ActorHandle] = [actor.remote(config, rank) for rank in range(config.world_size)]
+        self.take_turn: Callable[[], None] = _nothing  # called before the ranks need their memory
+        options = placement.rank_options or [{}] * config.world_size
+        actor = ray.remote(_RankActor)
+        self.ranks: list[ActorHandle] = [
+            actor.options(**({"num_cpus": 0} | options[rank])).remote(config, rank) for rank in range(config.world_size)
+        ]
         address, port = self._get(0, self.ranks[0].address.remote())
         self.call("setup", address, port)
 
@@ -66,6 +74,8 @@ class WorkerGroup:
 
         Raises ``WorkerError`` that names the first rank that raised or died.
         """
+        if method not in _WITHOUT_MEMORY:
+            self.take_turn()
         return self.gather([getattr(rank, method).remote(*args, **kwargs) for rank in self.ranks])
 
     def dispatch(self, method: str, bins: Sequence[Any], *args: Any) -> list[Any]:
@@ -73,6 +83,7 @@ class WorkerGroup:
 
         Streams and images are put into the object store once, images for the rank that encodes them only.
         """
+        self.take_turn()
         streams = [ray.put(_each(streams_of, item)) for item in bins]
         shares: dict[tuple[int, int], ray.ObjectRef] = {}
         calls = []
@@ -128,10 +139,12 @@ class WorkerGroup:
         """The optimizer updates on what was loaded; metrics over all actions of the step."""
         return merge([totals for totals in self.call("train") if totals is not None])
 
-    def release(self) -> None:
-        """Let the engines have the memory that ``trainer.offload`` names; the ranks take it back when they need it."""
-        if self.config.trainer.offload:
-            self.call("release")
+    def release(self, parts: Sequence[str]) -> int:
+        """Move ``parts`` of ``trainer.offload`` to host memory; the most bytes that a rank freed.
+
+        Ranks take back what they need when they need it.
+        """
+        return max(self.call("release", list(parts))) if parts else 0
 
     def validate(self, bins: list[list[PackedBatch]]) -> dict[str, float]:
         """The loss over ``[data-parallel rank][microbatch]`` without training."""

@@ -1,5 +1,6 @@
 """Memory of the trainer that engines may have while they generate: ``trainer.offload``.
 
+``parameters`` are those of what is trained and of its average, ``reference`` those of the frozen reference.
 Storages are emptied in place and filled again, so that every tensor over them (parameters, the buffers that they and
 their gradients lie in, an optimizer's shards of both) stays what it is. Parameters and the optimizer's state keep a
 copy in host memory; gradients are not kept, because a step begins with zeros.
@@ -7,6 +8,7 @@ copy in host memory; gradients are not kept, because a step begins with zeros.
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
@@ -37,20 +39,25 @@ class Offload:
 
     def __init__(
         self,
-        parts: Sequence[str],
         models: Sequence[nn.Module],
         chunks: Sequence[DistributedDataParallel],
         optimizer: MegatronOptimizer | None,
+        reference: nn.Module | None = None,
     ) -> None:
-        """``parts``: of optimizer, gradients, parameters; ``optimizer`` is None where nothing is trained."""
-        self.parts, self.models, self.chunks, self.optimizer = parts, models, chunks, optimizer
+        """``optimizer`` is None where nothing is trained, ``reference`` where there is none."""
+        self.models, self.chunks, self.optimizer, self.reference = models, chunks, optimizer, reference
         self.parked: dict[str, list[_Parked]] = {}
         self.host: dict[int, Tensor] = {}  # pinned memory is slow to get: it is kept
+        self.seconds = 0.0  # that restoring took since somebody asked
+        self.restored = 0  # bytes
 
-    def release(self) -> int:
-        """Free the parts that are here; how many bytes of the device that gave."""
+    def release(self, parts: Sequence[str]) -> int:
+        """Free those of ``parts`` that are here; how many bytes of the device that gave.
+
+        ``parts``: of optimizer, gradients, parameters, reference.
+        """
         freed = 0
-        for part in self.parts:
+        for part in parts:
             if part not in self.parked:
                 self.parked[part] = [
                     self._park(key, storage, keep=part != "gradients") for key, storage in self._find(part).items()
@@ -63,18 +70,28 @@ class Offload:
 
     def restore(self, *parts: str) -> None:
         """Bring back those of ``parts`` that are away."""
+        if not any(part in self.parked for part in parts):
+            return
+        start = time.perf_counter()
         for part in parts:
             for parked in self.parked.pop(part, []):
+                self.restored += parked.num_bytes
                 parked.storage.resize_(parked.num_bytes)
                 if parked.host is None:
                     _bytes_of(parked.storage).zero_()
                 else:
                     _bytes_of(parked.storage).copy_(parked.host, non_blocking=True)
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+        self.seconds += time.perf_counter() - start
 
     def _find(self, part: str) -> dict[int, UntypedStorage]:
         parameters = _storages(tensor for model in self.models for tensor in (*model.parameters(), *model.buffers()))
         if part == "parameters":
             return parameters
+        if part == "reference":
+            frozen = [] if self.reference is None else [*self.reference.parameters(), *self.reference.buffers()]
+            return {key: storage for key, storage in _storages(frozen).items() if key not in parameters}
         if part == "gradients":
             if self.optimizer is not None:
                 self.optimizer.zero_grad()  # drops its own references and copies

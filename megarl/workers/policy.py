@@ -29,7 +29,7 @@ from megarl.algorithms.policy_losses import Actions, policy_loss
 from megarl.algorithms.selections import SELECTIONS
 from megarl.checkpoint import megatron as checkpoints
 from megarl.checkpoint.adapters import write_peft
-from megarl.checkpoint.export import export_tensors, export_to_rank_zero
+from megarl.checkpoint.export import export_tensors, export_to_all_stages, export_to_rank_zero
 from megarl.checkpoint.huggingface import write_hf
 from megarl.checkpoint.parts import Part
 from megarl.config import RunConfig
@@ -49,14 +49,12 @@ from megarl.workers.microbatch import MicroBatch, to_device
 from megarl.workers.offload import Offload
 from megarl.workers.passes import Outputs, Totals, keep, run, speaks, whole
 from megarl.workers.selection import mark_selected
-from megarl.workers.sender import WeightSender
+from megarl.workers.sender import Listener, WeightSender
 
 mcore_cpu.install()
 
 from megatron.core import parallel_state  # noqa: E402
 from megatron.core.transformer.module import MegatronModule  # noqa: E402
-
-COLLECTIVE_TIMEOUT = timedelta(minutes=10)
 
 
 class PolicyWorker:
@@ -78,7 +76,7 @@ class PolicyWorker:
             init_method=f"tcp://{master_address}:{master_port}",
             rank=self.rank,
             world_size=self.config.world_size,
-            timeout=COLLECTIVE_TIMEOUT,
+            timeout=timedelta(seconds=self.config.collective_timeout_s),
         )
         self.prepare()
 
@@ -112,8 +110,8 @@ class PolicyWorker:
         self.ddp = self.optimizer = self.scheduler = self.trained = self.reference = self.critic = self.ema = None
         if trainable:
             self._build_training(weights)
-        models = [model for model in (self.model, self.reference, self.ema) if model is not None]
-        self.offload = Offload(c.trainer.offload, models, self.ddp or [], self.optimizer)
+        models = [model for model in (self.model, self.ema) if model is not None]
+        self.offload = Offload(models, self.ddp or [], self.optimizer, self.reference)
 
     def _build_training(self, weights: bool) -> None:
         c = self.config
@@ -207,6 +205,11 @@ class PolicyWorker:
                 for minibatch in self.microbatches:
                     (self._look if frozen else self._update)(minibatch, totals)
         self.microbatches = []
+        for offload in self._offloads():
+            if offload.restored:
+                self.seconds["restore"] += offload.seconds
+                totals.maxima["perf/restored_gb"] = totals.maxima.get("perf/restored_gb", 0.0) + offload.restored / 1e9
+                offload.seconds, offload.restored = 0.0, 0
         totals.seconds, self.seconds = dict(self.seconds), defaultdict(float)
         return totals if speaks() else None
 
@@ -228,7 +231,7 @@ class PolicyWorker:
 
     def sync_reference(self) -> None:
         """Move the reference by ``algorithm.reference_sync_mix`` of its way to the policy."""
-        self.offload.restore("parameters")
+        self.offload.restore("parameters", "reference")
         mix(self.reference, self.model, self.config.algorithm.reference_sync_mix)
 
     def _update(self, minibatch: list[MicroBatch], totals: Totals) -> None:
@@ -256,6 +259,7 @@ class PolicyWorker:
         return keep(model, microbatches, lambda m, hidden: self._head(model, m, hidden, temperature, ban)[0])
 
     def _ref_logprobs(self, microbatches: list[MicroBatch]) -> list[Tensor]:
+        self.offload.restore("reference")
         with adapters_off(self.model):
             return self._logprobs(microbatches, self.model if self.adapters else self.reference)
 
@@ -320,22 +324,29 @@ class PolicyWorker:
         count = torch.tensor(len(m.rows), dtype=torch.int, device=self.device)
         return total, count, (len(m.rows), sums, maxima)
 
-    def release(self) -> int:
-        """Free what ``trainer.offload`` names until it is needed again; the bytes that gave."""
-        return self.offload.release() + (self.critic.offload.release() if self.critic is not None else 0)
+    def release(self, parts: list[str]) -> int:
+        """Move ``parts`` of ``trainer.offload`` to host memory until they are needed again; the bytes that gave."""
+        return sum(offload.release(parts) for offload in self._offloads())
+
+    def _offloads(self) -> list[Offload]:
+        return [self.offload, *([self.critic.offload] if self.critic is not None else [])]
 
     # ---- weights and checkpoints ------------------------------------------------------------------------------------
 
     def send_weights(
-        self, engines: list[ActorHandle], version: int, final: bool, *, merged: bool = True
+        self, audience: list[Listener], version: int, final: bool, *, relayed: bool = False, merged: bool = True
     ) -> dict[str, str]:
-        """Push this stage's weights to ``engines``, with their adapters if ``merged``: see ``WeightSender.send``."""
+        """Push weights to ``audience``, with their adapters if ``merged``: see ``WeightSender.send``.
+
+        Those of this stage, or if ``relayed`` those of all stages, which every rank of the world then gets and sends.
+        """
         self.offload.restore("parameters")
+        export = export_to_all_stages if relayed else export_tensors
         with nullcontext() if merged else adapters_off(self.model):
-            buckets = export_tensors(
+            buckets = export(
                 self.model, self.mappings, bucket_bytes=self.config.weight_sync.bucket_bytes, dtype=self._engine_dtype
             )
-            return self.sender.send(buckets, engines, version, final)
+            return self.sender.send(buckets, audience, version, final, lead=self.rank == 0 if relayed else None)
 
     def send_adapters(self, engines: list[ActorHandle], version: int) -> dict[str, str]:
         """Push the policy's adapters to ``engines``; every rank calls it, rank 0 sends and has the checksums."""
@@ -418,8 +429,8 @@ class PolicyWorker:
         return checkpoints.load(path, self.model, self.optimizer, self.scheduler, self._parts())
 
     def _restore_all(self) -> None:
-        for offload in (self.offload, *([self.critic.offload] if self.critic is not None else [])):
-            offload.restore("parameters", "optimizer")
+        for offload in self._offloads():
+            offload.restore("parameters", "optimizer", "reference")
 
     def _parts(self) -> dict[str, Part]:
         """What is saved beside the policy."""

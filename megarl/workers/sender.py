@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import suppress
+from dataclasses import dataclass, field
+from functools import partial
 
 import ray
 import torch
@@ -14,8 +16,19 @@ from megarl.checkpoint.export import Bucket
 from megarl.config import RunConfig
 from megarl.utils.checksum import tensor_checksum
 from megarl.utils.network import free_port
-from megarl.weight_sync.broadcast import broadcast_bucket, create_group, destroy_group, layout
+from megarl.weight_sync.broadcast import abort_group, broadcast_bucket, create_group, destroy_group, layout
 from megarl.weight_sync.shared import share_bucket
+
+
+def _nothing() -> None: ...
+
+
+@dataclass
+class Listener:
+    """An engine, and which of its tensor-parallel ranks get their weights from this rank of the trainer."""
+
+    engine: ActorHandle
+    ranks: list[int] = field(default_factory=list)
 
 
 class WeightSender:
@@ -25,27 +38,43 @@ class WeightSender:
         self.config, self.rank = config, rank
         self.audience: list[ActorHandle] = []  # engines of the broadcast group
 
-    def send(self, buckets: Iterator[Bucket], engines: list[ActorHandle], version: int, final: bool) -> dict[str, str]:
-        """Push a stage's ``buckets`` to ``engines``; their checksums, {} past the first rank.
+    def send(
+        self, buckets: Iterator[Bucket], audience: list[Listener], version: int, final: bool, lead: bool | None = None
+    ) -> dict[str, str]:
+        """Push ``buckets`` to ``audience``, whose weights all come from the ranks that call it; the checksums.
 
-        The stage's first replica calls it (``groups.is_first_replica``); stages take turns, and the ``final`` one makes
-        the engines forget what they computed with the old weights.
+        All ranks that make a bucket together call it, also those without an audience. A bucket is on its way while the
+        next one is gathered. The ``final`` call makes the engines forget what they computed with the old weights.
+        ``lead``: whether this rank computes the checksums, {} where it does not; None: the first of a stage does.
         """
-        leads = self.rank % (self.config.world_size // self.config.parallel.pipeline_model_parallel_size) == 0
+        if lead is None:
+            lead = self.rank % (self.config.world_size // self.config.parallel.pipeline_model_parallel_size) == 0
         deliver = self._broadcast if self.config.weight_sync.transport == "broadcast" else self._share
         sent: dict[str, str] = {}
         failure: Exception | None = None
         following = next(buckets, None)
         while following is not None:
-            bucket, following = following, next(buckets, None)
-            if leads and failure is None:
-                try:
-                    deliver(bucket, engines, version, final and following is None)
-                except Exception as error:  # raised below: the other ranks are gathering the buckets that are left
-                    failure = error
+            bucket, arrived = following, _nothing
+            try:
+                if audience and failure is None:
+                    arrived = deliver(bucket, audience, version)
+            except Exception as error:  # raised below: the other ranks are gathering the buckets that are left
+                failure = error
+            following = next(buckets, None)
+            if lead:
                 sent |= {name: tensor_checksum(tensor) for name, tensor in bucket}
+            try:
+                arrived()
+            except Exception as error:
+                failure = error
+        try:
+            if final and failure is None:
+                heads = [listener.engine for listener in audience if 0 in listener.ranks]
+                ray.get([engine.forget.remote() for engine in heads], timeout=self.config.rollout.timeout_s)
+        except Exception as error:
+            failure = error
         if failure is not None:
-            self.audience = []
+            self._abandon()
             raise failure
         return sent
 
@@ -70,20 +99,21 @@ class WeightSender:
         )
         return {name: tensor_checksum(tensor) for name, tensor in adapters}
 
-    def _share(self, bucket: Bucket, engines: list[ActorHandle], version: int, flush: bool) -> None:
-        """By shared memory or CUDA IPC."""
-        size = self.config.rollout.tensor_parallel_size
-        payloads = share_bucket(bucket, size * len(engines))
-        ray.get(
-            [
-                engine.update_weights_from_shared.remote(payloads[i * size : (i + 1) * size], version, flush)
-                for i, engine in enumerate(engines)
-            ],
-            timeout=self.config.rollout.timeout_s,
-        )
+    def _share(self, bucket: Bucket, audience: list[Listener], version: int) -> Callable[[], None]:
+        """By shared memory or CUDA IPC: each tensor-parallel rank of an engine opens a payload of its own.
 
-    def _broadcast(self, bucket: Bucket, engines: list[ActorHandle], version: int, flush: bool) -> None:
-        """By gloo or NCCL."""
+        Returns what waits for its arrival.
+        """
+        payloads = share_bucket(bucket, sum(len(listener.ranks) for listener in audience))
+        loading = [
+            listener.engine.update_weights_from_shared.remote({r: payloads.pop() for r in listener.ranks}, version)
+            for listener in audience
+        ]
+        return partial(ray.get, loading, timeout=self.config.rollout.timeout_s)
+
+    def _broadcast(self, bucket: Bucket, audience: list[Listener], version: int) -> Callable[[], None]:
+        """By gloo or NCCL. Returns what waits for its arrival."""
+        engines = [listener.engine for listener in audience]
         if self.audience != engines:
             self._meet(engines)
         described = layout(bucket)
@@ -94,18 +124,23 @@ class WeightSender:
                 described.shapes,
                 group_name=self.broadcast_name,
                 weight_version=version,
-                flush=flush,
             )
             for engine in engines
         ]
-        broadcast_bucket(bucket, self.broadcast_group)
-        ray.get(received, timeout=self.config.rollout.timeout_s)
+        broadcast = broadcast_bucket(bucket, self.broadcast_group)
+
+        def arrived() -> None:
+            # The engines are asked first: our stream must not wait for a collective that one of them will never join.
+            ray.get(received, timeout=self.config.rollout.timeout_s)
+            broadcast.wait()
+
+        return arrived
 
     def _meet(self, engines: list[ActorHandle]) -> None:
         """Build the process group of this rank and ``engines``, in the place of the last one."""
         if self.audience:
             self._part()
-        size = self.config.rollout.tensor_parallel_size
+        size, timeout_s = self.config.rollout.tensor_parallel_size, self.config.rollout.timeout_s
         address, port, world_size = ray.util.get_node_ip_address(), free_port(), 1 + size * len(engines)
         self.broadcast_name = f"megarl_{self.rank}_{port}"
         backend = "nccl" if torch.cuda.is_available() else "gloo"
@@ -114,9 +149,14 @@ class WeightSender:
             for i, engine in enumerate(engines)
         ]
         self.broadcast_group = create_group(
-            address, port, world_size=world_size, backend=backend, group_name=self.broadcast_name
+            address,
+            port,
+            world_size=world_size,
+            backend=backend,
+            group_name=self.broadcast_name,
+            timeout_s=self.config.collective_timeout_s,
         )
-        ray.get(joined)
+        ray.get(joined, timeout=timeout_s)
         self.audience = list(engines)
 
     def _part(self) -> None:
@@ -125,4 +165,12 @@ class WeightSender:
         destroy_group(self.broadcast_group)
         for answer in left:
             with suppress(RayActorError):  # this engine's death is why there is a new group
-                ray.get(answer)
+                ray.get(answer, timeout=self.config.rollout.timeout_s)
+
+    def _abandon(self) -> None:
+        """Give up a group in which something failed: a collective that was begun may never end by itself."""
+        if self.audience:
+            for engine in self.audience:
+                engine.destroy_broadcast.remote(self.broadcast_name)  # those that still listen leave first
+            abort_group(self.broadcast_group)
+            self.audience = []

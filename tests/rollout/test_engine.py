@@ -19,10 +19,11 @@ def sample(engine, encoded, *, num_samples=3, temperature=1.0, max_new_tokens=16
 
 
 def push_shared(engine, named, version):
-    """Two buckets, the cache flushed with the last."""
+    """Two buckets."""
     half = len(named) // 2
-    for part, flush in ((named[:half], False), (named[half:], True)):
-        ray.get(engine.update_weights_from_shared.remote(share_bucket(part, 1), version, flush))
+    for part in (named[:half], named[half:]):
+        ray.get(engine.update_weights_from_shared.remote({0: share_bucket(part, 1)[0]}, version))
+    ray.get(engine.forget.remote())
 
 
 def push_broadcast(engine, named, version):
@@ -33,7 +34,7 @@ def push_broadcast(engine, named, version):
     group = create_group("127.0.0.1", port, world_size=2, backend="gloo", group_name=f"test-{version}", timeout_s=60)
     ray.get(joined)
     half = len(named) // 2
-    for part, flush in ((named[:half], False), (named[half:], True)):
+    for part in (named[:half], named[half:]):
         bucket = layout(part)
         received = engine.receive_broadcast.remote(
             bucket.names,
@@ -41,10 +42,11 @@ def push_broadcast(engine, named, version):
             bucket.shapes,
             group_name=f"test-{version}",
             weight_version=version,
-            flush=flush,
         )
-        broadcast_bucket(part, group)
+        sent = broadcast_bucket(part, group)
         ray.get(received)
+        sent.wait()
+    ray.get(engine.forget.remote())
     ray.get(engine.destroy_broadcast.remote(f"test-{version}"))
     destroy_group(group)
 

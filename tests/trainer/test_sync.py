@@ -9,6 +9,7 @@ from megarl.data.packing import Packing
 from megarl.data.sharing import Encoding
 from megarl.trainer.rl import RLTrainer
 from megarl.trainer.sync import WeightSync, WeightSyncError
+from megarl.trainer.turns import Turns
 from megarl.types import EncodedPrompt, Media, Prompt
 from megarl.workers.group import WorkerError
 
@@ -52,8 +53,8 @@ class Rank:
     def step(self):
         self.weights = {name: value + "1" for name, value in self.weights.items()}
 
-    def send_weights(self, engines, version, final):
-        ray.get([engine.take.remote(self.weights) for engine in engines])
+    def send_weights(self, audience, version, final):
+        ray.get([listener.engine.take.remote(self.weights) for listener in audience])
         return self.weights
 
 
@@ -90,9 +91,12 @@ def sync_of(config):
     def positions(tokens, media):
         return np.arange(len(tokens))[None]
 
+    workers = Workers()
     return WeightSync(
         config,
-        Workers(),
+        workers,
+        turns=Turns(config, workers),
+        sources=[],
         packing=Packing(64, 64, 1, positions, Encoding(num_tokens=len, cost=len, max_patches=64)),
         canary=EncodedPrompt(Prompt("t/eval/0", "t", []), TOKENS, Media()),
         banned_token_ids=[9],
@@ -117,7 +121,8 @@ def test_engines_amid_their_responses_stand_still_and_answer_the_canary_afterwar
 def test_what_arrived_is_counted_and_compared(sync):
     engines = [Engine.remote(), Engine.remote()]
     metrics = sync.push(engines, 0, must_change=False)
-    assert metrics == {"sync/tensors": 2, "sync/verified_tensors": 2, "sync/canary_abs_diff": 0}
+    same = {"sync/canary_abs_diff": 0, "sync/canary_probs_diff_mean": 0}
+    assert metrics == {"sync/tensors": 2, "sync/verified_tensors": 2} | same
     ray.get(sync.workers.rank.step.remote())
     assert sync.push(engines, 1, must_change=True) == metrics
 
@@ -134,7 +139,7 @@ def test_an_engine_restarted_after_the_step_does_not_hide_the_change(sync):
     engines = [Engine.remote()]
     sync.push(engines, 0, must_change=False)
     ray.get(sync.workers.rank.step.remote())
-    sync.resend(engines, 1)
+    sync.resend(dict(enumerate(engines)), 1)
     sync.push(engines, 1, must_change=True)
 
 

@@ -19,8 +19,8 @@ def steps(config, num_steps, release):
     minibatches, freed, empty = minibatches_of(config, worker), [], []
     for number in range(num_steps):
         if number and release:
-            freed.append(worker.release())
-            assert worker.release() == 0
+            freed.append(worker.release(config.trainer.offload))
+            assert worker.release(config.trainer.offload) == 0
             empty.append(left(worker, config.trainer.offload))
         worker.load(minibatches)
         worker.score()
@@ -77,12 +77,12 @@ def saved_while_away(config, directory):
     worker.score()
     worker.train()
     before = {name: tensor.clone() for name, tensor in export_to_rank_zero(worker.model, worker.mappings)}
-    worker.release()
+    worker.release(config.trainer.offload)
     worker.save_checkpoint(directory, 1, {})
     worker.finish_saving()
-    worker.release()
+    worker.release(config.trainer.offload)
     worker.load_checkpoint(f"{directory}/step_000001")
-    worker.release()
+    worker.release(config.trainer.offload)
     worker.write_hf(f"{directory}/hf")
     return before
 
