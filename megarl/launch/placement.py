@@ -1,8 +1,8 @@
 """Which rank and which engine runs on which GPU: decided once a run, from what the cluster has.
 
 ``plan`` is arithmetic on the nodes' GPUs and refuses what cannot be placed, with the node, the GPUs wanted and the GPUs
-free. ``placed`` reserves the plan's GPUs as one Ray placement group of a bundle a GPU, each bound to its node, and says
-how Ray must start every actor. The driver needs no GPU: nothing here asks torch.
+free. ``placed`` reserves the plan's GPUs as one Ray placement group, a bundle for each node, and says how Ray must start
+every actor. The driver needs no GPU: nothing here asks torch.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy, Place
 from megarl.config import TRAINER_MEMORY, RunConfig
 from megarl.types import Placement
 
+_PROBE_TIMEOUT_S = 120.0  # for a process on each node to start
 RESERVE_TIMEOUT_S = 20.0  # the plan fits what is free: Ray needs seconds, unless somebody else was faster
 
 
@@ -183,18 +184,21 @@ def _address_key(address: str) -> tuple[int, str]:
         return 0, address
 
 
-@ray.remote(num_cpus=0, num_gpus=1)
+@ray.remote(num_cpus=0)
 class _Probe:
-    """Tells which GPU Ray gave to a bundle."""
+    """Tells what Ray gave to a bundle."""
 
-    def gpu(self) -> str:
-        return str(ray.get_gpu_ids()[0])
+    def gpus(self) -> list[str]:
+        """Of the bundle, as ``CUDA_VISIBLE_DEVICES`` names them, in their order."""
+        names = [str(name) for name in ray.get_gpu_ids()]
+        return sorted(names, key=lambda name: (int(name) if name.isdigit() else 0, name))
 
     def memory(self) -> int | None:
-        """Bytes of the GPU, None where no driver says it."""
-        query = ["nvidia-smi", "--query-gpu=memory.total", "--format=csv,noheader,nounits", f"--id={self.gpu()}"]
+        """Bytes of the smallest of them, None where no driver says it."""
+        query = ["nvidia-smi", "--query-gpu=memory.total", "--format=csv,noheader,nounits"]
         try:
-            return int(subprocess.run(query, capture_output=True, text=True, check=True).stdout) << 20
+            said = subprocess.run([*query, f"--id={','.join(self.gpus())}"], capture_output=True, text=True, check=True)
+            return min(int(line) << 20 for line in said.stdout.split())
         except (OSError, subprocess.CalledProcessError, ValueError):
             return None
 
@@ -209,13 +213,13 @@ def placed(config: RunConfig, *, engines: bool = True) -> Iterator[tuple[RunConf
     decided = plan(config, nodes, engines=engines)
     if not decided.on_gpus:
         config = _resolved(config, decided)
-        yield config, _on_cpu(config, decided)
+        yield config, _on_cpu(decided)
         return
-    group, places = _reserve(decided)
+    config = _resolved(config, decided)
+    group, hosts = _reserve(decided)
     try:
-        gpus, memory = _which_gpus(decided, group, places)
-        config = _resolved(config, decided)
-        yield config, _on_gpus(config, decided, group, gpus, memory)
+        gpus, memory = _which_gpus(decided, group, hosts)
+        yield config, _on_gpus(decided, group, hosts, gpus, memory)
     finally:
         remove_placement_group(group)
 
@@ -252,7 +256,7 @@ def _resolved(config: RunConfig, decided: Plan) -> RunConfig:
     )
 
 
-def _on_cpu(config: RunConfig, decided: Plan) -> Placement:
+def _on_cpu(decided: Plan) -> Placement:
     """One node needs no word to Ray; on several, ranks and engines stay where the plan has them."""
     several = len(decided.nodes) > 1
 
@@ -269,77 +273,67 @@ def _on_cpu(config: RunConfig, decided: Plan) -> Placement:
     )
 
 
-def _reserve(decided: Plan) -> tuple[PlacementGroup, list[tuple[int, int]]]:
-    """One bundle a GPU, bound to its node; the places that the bundles are for, before their GPUs are known."""
-    places = [(i, gpu) for i in range(len(decided.nodes)) for gpu in range(decided.taken(i))]
+def _reserve(decided: Plan) -> tuple[PlacementGroup, list[int]]:
+    """A bundle of GPUs on each node that the plan uses, and the nodes in order of their bundles."""
+    hosts = [index for index in range(len(decided.nodes)) if decided.taken(index)]
     group = placement_group(
-        [{"GPU": 1} for _ in places],
+        [{"GPU": decided.taken(index)} for index in hosts],
         strategy="PACK",
-        bundle_label_selector=[{"ray.io/node-id": decided.nodes[node].id} for node, _ in places],
+        bundle_label_selector=[{"ray.io/node-id": decided.nodes[index].id} for index in hosts],
     )
     if not group.wait(RESERVE_TIMEOUT_S):
         remove_placement_group(group)
+        wanted = sum(decided.taken(index) for index in hosts)
         raise ValueError(
-            f"Ray did not reserve {len(places)} GPU(s) in {RESERVE_TIMEOUT_S:g} s: somebody else took some meanwhile"
+            f"Ray did not reserve {wanted} GPU(s) in {RESERVE_TIMEOUT_S:g} s: somebody else took some meanwhile"
             f"{_table(cluster_nodes())}"
         )
-    return group, places
+    return group, hosts
 
 
 def _which_gpus(
-    decided: Plan, group: PlacementGroup, places: list[tuple[int, int]]
-) -> tuple[dict[tuple[int, int], tuple[int, str]], int | None]:
-    """For each place its bundle and its GPU as ``CUDA_VISIBLE_DEVICES`` names it, in order of the GPUs of a node.
-
-    Also the bytes of the smallest GPU, one asked a node; None where no driver tells.
-    """
+    decided: Plan, group: PlacementGroup, hosts: list[int]
+) -> tuple[dict[tuple[int, int], str], int | None]:
+    """The GPU of each place, as ``CUDA_VISIBLE_DEVICES`` names it; bytes of the smallest, None where nobody tells."""
     probes = [
-        _Probe.options(scheduling_strategy=PlacementGroupSchedulingStrategy(group, bundle)).remote()
-        for bundle in range(len(places))
+        _Probe.options(
+            num_gpus=decided.taken(host), scheduling_strategy=PlacementGroupSchedulingStrategy(group, bundle)
+        ).remote()
+        for bundle, host in enumerate(hosts)
     ]
-    names = ray.get([probe.gpu.remote() for probe in probes], timeout=120)
-    first = {node: probes[bundle] for bundle, (node, _) in reversed(list(enumerate(places)))}
-    sizes = [size for size in ray.get([probe.memory.remote() for probe in first.values()]) if size is not None]
+    names = ray.get([probe.gpus.remote() for probe in probes], timeout=_PROBE_TIMEOUT_S)
+    sizes = ray.get([probe.memory.remote() for probe in probes], timeout=_PROBE_TIMEOUT_S)
     for probe in probes:
         ray.kill(probe)
-    found: dict[tuple[int, int], tuple[int, str]] = {}
-    for node in range(len(decided.nodes)):
-        here = [bundle for bundle, (where, _) in enumerate(places) if where == node]
-        here.sort(key=lambda bundle: (int(names[bundle]) if names[bundle].isdigit() else 0, names[bundle]))
-        found |= {(node, index): (bundle, names[bundle]) for index, bundle in enumerate(here)}
-    return found, min(sizes, default=None)
+    gpus = {(host, index): name for host, here in zip(hosts, names, strict=True) for index, name in enumerate(here)}
+    return gpus, min((size for size in sizes if size is not None), default=None)
 
 
 def _on_gpus(
-    config: RunConfig,
-    decided: Plan,
-    group: PlacementGroup,
-    gpus: dict[tuple[int, int], tuple[int, str]],
-    memory: int | None,
+    decided: Plan, group: PlacementGroup, hosts: list[int], gpus: dict[tuple[int, int], str], memory: int | None
 ) -> Placement:
     """Actors ask Ray for no GPU of their own: the bundles hold them, and an engine's process must see all of its."""
 
     def options(places: list[tuple[int, int]]) -> dict[str, Any]:
-        visible = ",".join(gpus[place][1] for place in places)
+        visible = ",".join(gpus[place] for place in places)
         env = {"CUDA_VISIBLE_DEVICES": visible, "RAY_EXPERIMENTAL_NOSET_CUDA_VISIBLE_DEVICES": "1"}
-        bundle = PlacementGroupSchedulingStrategy(group, gpus[places[0]][0])
+        bundle = PlacementGroupSchedulingStrategy(group, hosts.index(places[0][0]))
         return {"num_gpus": 0, "scheduling_strategy": bundle, "runtime_env": {"env_vars": env}}
 
     rank_at = {place: rank for rank, place in enumerate(decided.ranks)}
+    colocated = decided.kind == "colocated"
     return Placement(
         kind=decided.kind,
         device="cuda",
         rank_options=[options([place]) for place in decided.ranks],
         engine_options=[options(places) for places in decided.engines],
-        sources=[[rank_at[place] for place in places] for places in decided.engines]
-        if decided.kind == "colocated"
-        else [],
+        sources=[[rank_at[place] for place in places] for places in decided.engines] if colocated else [],
         gpu_bytes=memory,
         lines=_lines(decided, gpus),
     )
 
 
-def _lines(decided: Plan, gpus: dict[tuple[int, int], tuple[int, str]] | None) -> list[str]:
+def _lines(decided: Plan, gpus: dict[tuple[int, int], str] | None) -> list[str]:
     """A line a node: which ranks and engines it has, on which GPUs."""
     lines = []
     for index, node in enumerate(decided.nodes):
@@ -354,7 +348,7 @@ def _lines(decided: Plan, gpus: dict[tuple[int, int], tuple[int, str]] | None) -
             ("engine", engines, [place for engine in engines for place in decided.engines[engine]]),
         ):
             if members:
-                on = "" if gpus is None else f" on GPU {_ranges([gpus[place][1] for place in places])}"
+                on = "" if gpus is None else f" on GPU {_ranges([gpus[place] for place in places])}"
                 text.append(f"{name}{'s' * (len(members) > 1)} {_ranges(members)}{on}")
         lines.append(f"node {node.address}: {', '.join(text)}")
     return lines

@@ -103,13 +103,16 @@ class RolloutScheduler(scheduler.Scheduler):
             time.sleep(_PAUSED_S)
         return received
 
-    def flush_cache(self, *args: Any, **kwargs: Any) -> bool:
-        """SGLang's own refuses while any request is there; those of a paused engine wait and hold nothing."""
+    def flush_cache(self, empty_cache: bool = True) -> bool:
+        """SGLang's own refuses while any request is there; those of a paused engine wait and hold nothing.
+
+        A CPU has no allocator's cache to empty: there it would collect garbage for half a second.
+        """
         waiting = self.waiting_queue
         if self._engine_paused:
             self.waiting_queue = []
         try:
-            return super().flush_cache(*args, **kwargs)
+            return super().flush_cache(empty_cache and not ON_CPU)
         finally:
             self.waiting_queue = waiting
 

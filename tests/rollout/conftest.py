@@ -4,7 +4,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from megarl.config import DebugConfig, ModelConfig, RolloutConfig, RunConfig
+from megarl.config import DebugConfig, ModelConfig, RolloutConfig, RunConfig, TrainerConfig
 
 
 @pytest.fixture(scope="session")
@@ -40,6 +40,7 @@ def pool(cluster, models):
     config = RunConfig(
         model=ModelConfig(path=str(models[0])),
         rollout=RolloutConfig(num_engines=1, max_restarts=1, timeout_s=60),
+        trainer=TrainerConfig(placement="colocated"),  # an engine that can lend its memory
     )
     synced = []
     manager = RolloutManager(config, models[0], sync=synced.append)

@@ -181,3 +181,19 @@ def test_responses_go_on_with_new_weights(pool, models, processor):
 def test_a_failed_update_raises_with_the_reason(pool, tmp_path):
     with pytest.raises(RuntimeError, match="engine 0: update_weights_from_disk failed"):
         ray.get(pool.engine.update_weights_from_disk.remote(str(tmp_path / "absent"), 60))
+
+
+def test_lent_memory_is_gone_and_comes_back_with_the_next_weights(pool, models, processor):
+    encoded, named = prompt(processor, 1), list(tensors(models[0]).items())
+    before = ray.get(pool.engine.checksums.remote())
+    sample(pool.engine, encoded)  # something is cached, and the scheduler has just finished
+    assert pool.manager.release(["weights", "kv_cache"])
+    assert not pool.manager.release(["weights"])  # it is lent already
+    assert pool.manager.reclaim(["weights"])
+    lost = ray.get(pool.engine.checksums.remote())
+    assert {name for name in before if lost[name] == before[name]} == set()
+    push_shared(pool.engine, named, 70)
+    assert pool.manager.reclaim(["weights", "kv_cache"])
+    assert ray.get(pool.engine.checksums.remote()) == before
+    assert_parity(pool.engine, HuggingFace(models[0], processor), encoded, version=70)
+    push_shared(pool.engine, named, 0)

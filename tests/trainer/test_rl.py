@@ -57,7 +57,9 @@ def test_a_run_directory_holds_what_the_readme_says(straight):
 
 def test_killed_resumed_and_robbed_of_its_engine_a_run_gives_the_same_bits(folder, straight):
     name = "killed"
-    first = start(folder / "killed.log", *arguments(folder, name))
+    # nor on whether ranks and engines take turns with their memory, as they do on GPUs that they share
+    turns = ["trainer.placement=colocated", "trainer.offload=[optimizer,gradients,parameters,reference]"]
+    first = start(folder / "killed.log", *arguments(folder, name), *turns)
     wait_for_step(first, folder / name, 2, folder / "killed.log")
     first.kill()  # SIGKILL: nothing is flushed, no actor is told
     first.wait()
@@ -76,8 +78,9 @@ def test_killed_resumed_and_robbed_of_its_engine_a_run_gives_the_same_bits(folde
 
 
 def test_eval_repeats_the_last_metrics_of_the_run(folder, straight):
-    """From its newest checkpoint, the weights sent through files."""
-    text = run(folder / "eval.log", "eval", *arguments(folder, "straight")[1:], "weight_sync.transport=disk")
+    """From its newest checkpoint, the weights sent through files to an engine that lends its memory."""
+    how = ["weight_sync.transport=disk", "trainer.placement=colocated"]
+    text = run(folder / "eval.log", "eval", *arguments(folder, "straight")[1:], *how)
     result = json.loads(text[text.index("{\n") :])
     assert result.pop("checkpoint").endswith("checkpoints/step_000004")
     last = metrics(straight)[4]
@@ -96,3 +99,17 @@ def test_a_reward_that_raises_is_named_and_nothing_is_lost(folder, monkeypatch):
     assert "digits/train/5" in last
     assert "this answer cannot be judged" in last
     assert (folder / "raises/checkpoints/step_000001/manifest.json").is_file()
+
+
+@pytest.mark.slow
+def test_a_colocated_run_robbed_of_an_engine_gives_the_same_bits(folder, straight):
+    """The new engine starts while the ranks have lent their memory, and gets its weights in between."""
+    turns = ["trainer.placement=colocated", "trainer.offload=[optimizer,gradients,parameters,reference]"]
+    process, killed = start(folder / "robbed.log", *arguments(folder, "robbed"), *turns), []
+    watcher = threading.Thread(target=kill_engine_when, args=(process, folder / "robbed", 2, killed))
+    watcher.start()
+    status = process.wait(500)
+    watcher.join()
+    assert status == 0, (folder / "robbed.log").read_text()[-6000:]
+    assert killed
+    assert metrics(folder / "robbed") == metrics(straight)

@@ -166,7 +166,8 @@ def steps_of(worker: PolicyWorker, estimator: Estimator, numbers: range) -> list
     """Steps of a run; what each logged about the divergence, and on ranks that speak about its updates."""
     logged = []
     for number in numbers:
-        assert not worker.optimizer.chained_optimizers[0].optimizer.state or worker.release(worker.config.trainer.offload) > 0
+        has_state = bool(worker.optimizer.chained_optimizers[0].optimizer.state)
+        assert not has_state or worker.release(worker.config.trainer.offload) > 0
         result = train_step(worker, estimator, rollout(worker.config, worker, number))
         logged.append(result["metrics"] | (result["totals"].values if result["totals"] else {}))
         worker.sync_reference()
