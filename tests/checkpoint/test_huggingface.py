@@ -131,7 +131,7 @@ def test_reader_names_the_keys_of_a_missing_file(tmp_path):
 
 
 def load_and_export(directory: str, layout: tuple[int, ...], bucket_bytes: int) -> dict:
-    from megarl.checkpoint.export import export_tensors, export_to_rank_zero
+    from megarl.checkpoint.export import export_tensors, export_to_all_stages, export_to_rank_zero
     from megarl.utils.checksum import tensor_checksum
     from tests.checkpoint.training import build_model, run_config
 
@@ -144,6 +144,11 @@ def load_and_export(directory: str, layout: tuple[int, ...], bucket_bytes: int) 
         "whole": {
             name: tensor_checksum(tensor)
             for name, tensor in export_to_rank_zero(model, mappings, bucket_bytes=bucket_bytes)
+        },
+        "everywhere": {
+            name: tensor_checksum(tensor)
+            for bucket in export_to_all_stages(model, mappings, bucket_bytes=bucket_bytes)
+            for name, tensor in bucket
         },
     }
 
@@ -160,6 +165,7 @@ def test_load_then_export_is_the_identity(pool, models, layout, name, dtype):
     results = pool.run(load_and_export, world_size, directory, sizes, 8000)
     assert results[0]["whole"] == stored
     assert all(not result["whole"] for result in results[1:])
+    assert all(result["everywhere"] == stored for result in results)
     stages = {tuple(result["stage"].items()) for result in results}
     assert len(stages) == sizes[1], "tensor- and data-parallel ranks of a stage export the same buckets"
     assert sum(map(len, stages)) == len(stored), "every tensor comes from one stage"
@@ -178,6 +184,7 @@ def test_experts_of_other_ranks_are_exported_too(pool, tmp_path_factory, world_s
     stored = {key: tensor_checksum(reader[key]) for key in reader.keys()}  # noqa: SIM118
     results = pool.run(load_and_export, world_size, directory, layout, 20000)
     assert results[0]["whole"] == stored
+    assert all(result["everywhere"] == stored for result in results)
     assert len({tuple(result["stage"].items()) for result in results}) == layout[1]
 
 
