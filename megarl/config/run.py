@@ -59,6 +59,11 @@ class TrainerConfig:
             raise ValueError(f"trainer.ema_decay={self.ema_decay} must lie in [0, 1)")
         check_not_negative("trainer", self, "num_epochs")
 
+    @property
+    def offloaded(self) -> list[str]:
+        """``offload``, nothing as long as nobody has decided what auto means."""
+        return [part for part in self.offload if part != "auto"]
+
 
 @dataclass
 class CheckpointConfig:

@@ -1,7 +1,7 @@
 """Which rank and which engine runs on which GPU: decided once a run, from what the cluster has.
 
-``plan`` is arithmetic on the nodes' GPUs and refuses what cannot be placed, with the node, the GPUs wanted and the GPUs
-free. ``placed`` reserves the plan's GPUs as one Ray placement group, a bundle for each node, and says how Ray must start
+``plan`` is arithmetic on the GPUs of nodes and refuses what cannot be placed, with the node, GPUs wanted and GPUs free.
+``placed`` reserves them as one Ray placement group, a bundle for each node, and says how Ray must start
 every actor. The driver needs no GPU: nothing here asks torch.
 """
 

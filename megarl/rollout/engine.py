@@ -176,9 +176,22 @@ class EngineActor:
         self._payloads: dict[int, bytes] = {}  # of the bucket that arrives, by tensor-parallel rank
 
     async def ping(self) -> dict[str, Any]:
-        """Return once the engine can serve: {"pid": of the actor, "processes": pids of SGLang's children}."""
-        await self._watched(asyncio.sleep(0))
-        return {"pid": os.getpid(), "processes": self._engine.get_all_child_pids(), "host": os.uname().nodename}
+        """Return once the engine's scheduler answers.
+
+        {"pid": of the actor, "processes": pids of SGLang's children, "host": its name, "memory_gb": by kind of memory}
+        """
+        state = await self._watched(self._manager.get_internal_state())
+        memory = state[0]["memory_usage"]
+        return {
+            "pid": os.getpid(),
+            "processes": self._engine.get_all_child_pids(),
+            "host": os.uname().nodename,
+            "memory_gb": {
+                "weights": memory["weight"],
+                "kv_cache": memory["kvcache"],
+                "cuda_graph": sum(memory["graph"].values()),
+            },
+        }
 
     async def generate(self, request: Request) -> list[Response]:
         """Sample ``request.num_samples`` continuations, in the order of their seeds where there are any."""

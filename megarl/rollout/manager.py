@@ -261,7 +261,7 @@ class RolloutManager:
                 if ray.wait([started], timeout=_SAY_S)[0]:
                     break
                 logger.warning("engine %d has been starting for %d s", index, waited + _SAY_S)
-            ray.get(started, timeout=_POLL_S)
+            self.memory_gb: dict[str, float] = ray.get(started, timeout=_POLL_S)["memory_gb"]  # by kind, of an engine
         except RayTaskError as error:  # raised by our code, or by SGLang's in the actor itself
             raise EngineError(f"engine {index} did not start: {error}") from error
         except RayActorError as error:  # SGLang ends the actor when one of its processes fails

@@ -23,12 +23,12 @@ class Turns:
     def __init__(self, config: RunConfig, workers: WorkerGroup) -> None:
         self.workers = workers
         self.rollout: RolloutManager | None = None  # before there are engines
-        self.offloaded = list(config.trainer.offload)
+        self.offloaded = config.trainer.offloaded
         self.released = list(config.rollout.release) if config.trainer.placement == "colocated" else []
         # weights are sent after every training step and only then: at other times engines keep theirs
         self.beside_weights = [kind for kind in self.released if kind != "weights"]
         self.seconds: dict[str, float] = defaultdict(float)
-        self.gigabytes = 0.0
+        self.gigabytes: dict[str, float] = defaultdict(float)
 
     @property
     def shared(self) -> bool:
@@ -59,23 +59,27 @@ class Turns:
         self._ranks(self.offloaded)
 
     def metrics(self) -> dict[str, float]:
-        """Seconds of the moves since the last call, and the most bytes that a rank lent at a time."""
+        """Seconds of the moves since the last call, and the most gigabytes that a rank and an engine lent."""
         metrics = {f"timing_s/{name}": seconds for name, seconds in self.seconds.items()}
-        if self.gigabytes:
-            metrics["perf/offloaded_gb"] = self.gigabytes
+        metrics |= {f"perf/{name}_gb": size for name, size in self.gigabytes.items()}
         self.seconds.clear()
-        self.gigabytes = 0.0
+        self.gigabytes.clear()
         return metrics
 
     def _ranks(self, parts: list[str]) -> None:
         if parts:
             with self._timer("offload"):
-                self.gigabytes = max(self.gigabytes, self.workers.release(parts) / 1e9)
+                self._note("offloaded", self.workers.release(parts) / 1e9)
 
     def _engines(self, method: str, kinds: list[str]) -> None:
         if kinds and self.rollout is not None:
             with self._timer(f"engine_{method}"):
-                getattr(self.rollout, method)(kinds)
+                moved = getattr(self.rollout, method)(kinds)
+            if moved and method == "release":
+                self._note("engine_released", sum(self.rollout.memory_gb[kind] for kind in kinds))
+
+    def _note(self, name: str, gigabytes: float) -> None:
+        self.gigabytes[name] = max(self.gigabytes[name], gigabytes)
 
     @contextmanager
     def _timer(self, name: str) -> Iterator[None]:

@@ -20,7 +20,11 @@ class Log:
         return 2_000_000_000
 
     def engines(self, name):
-        return lambda kinds: self.moves.append((f"engines {name}", *kinds))
+        def move(kinds):
+            self.moves.append((f"engines {name}", *kinds))
+            return True
+
+        return move
 
     def taken(self):
         moves, self.moves = self.moves, []
@@ -33,6 +37,8 @@ class Workers:
 
 
 class Engines:
+    memory_gb = {"weights": 15.0, "kv_cache": 40.0, "cuda_graph": 1.0}  # noqa: RUF012
+
     def __init__(self, log):
         self.release, self.reclaim = log.engines("lend"), log.engines("take")
 
@@ -69,8 +75,9 @@ def test_the_moves_of_a_colocated_step(log):
         "timing_s/engine_release",
         "timing_s/engine_reclaim",
         "perf/offloaded_gb",
+        "perf/engine_released_gb",
     }
-    assert metrics["perf/offloaded_gb"] == 2
+    assert (metrics["perf/offloaded_gb"], metrics["perf/engine_released_gb"]) == (2, 56)
     assert turns.metrics() == {}
 
 
