@@ -111,7 +111,7 @@ def hf_to_megatron(
             report = {
                 "direction": "huggingface to megatron to huggingface",
                 "parallel": read_manifest(directory).parallel,
-                "dtype": config.model.dtype,
+                "dtype": config.model.params_dtype,
                 "logits": _logits(written, hf_dir, config.model, hf_dir, asked=logits),
             }
             report |= compare_tensors(written.tensors(mappings), mappings, reader)

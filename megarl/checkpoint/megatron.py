@@ -256,7 +256,7 @@ def save(
         contents=contents,
         parallel=_layout(config),
         world_size=dist.get_world_size(),
-        dtype=config.model.dtype,
+        dtype=config.model.params_dtype,
         architecture=read_config(source).architectures[0],
         versions=_versions(),
     )

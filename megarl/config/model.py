@@ -43,11 +43,14 @@ class LoraConfig:
 class ModelConfig:
     path: str = ""  # Hugging Face directory: config.json, safetensors, tokenizer, preprocessor
     factory: str = ""  # "module:function" that writes that directory (path, seed) when it does not exist
-    dtype: str = "float32"  # parameters and activations: float32 | bfloat16 (with float32 main parameters)
+    # parameters and activations: float32 | bfloat16 (with float32 main parameters) | auto: bfloat16 on GPUs
+    dtype: str = "auto"
     freeze: list[str] = field(default_factory=list)  # parts not trained: vision_tower | projector | decoder
     transformer_impl: str = "local"  # local (torch) | transformer_engine
     attention_backend: str = "auto"  # auto | sdpa | varlen, flex (CUDA); transformer_engine brings its own
-    recompute: str = "none"  # activations dropped: none | selective = of recompute_modules | full = all within a layer
+    # activations dropped: none | selective = of recompute_modules | full = all within a layer | auto: on GPUs the
+    # fastest of none, selective [core_attn, layernorm, mlp] and full that fits their memory
+    recompute: str = "auto"
     recompute_modules: list[str] = field(default_factory=lambda: ["core_attn"])  # and layernorm, mlp; when selective
     lora: LoraConfig = field(default_factory=LoraConfig)
     min_pixels: int = 0  # bounds of an image after resizing, in pixels; 0: as the preprocessor says
@@ -55,10 +58,10 @@ class ModelConfig:
     megatron: dict[str, Any] = field(default_factory=dict)  # further fields of mcore's TransformerConfig, verbatim
 
     def __post_init__(self) -> None:
-        check_choice("model.dtype", self.dtype, ["float32", "bfloat16"])
+        check_choice("model.dtype", self.dtype, ["auto", "float32", "bfloat16"])
         check_choice("model.transformer_impl", self.transformer_impl, ["local", "transformer_engine"])
         check_choice("model.attention_backend", self.attention_backend, ["auto", "sdpa", "varlen", "flex"])
-        check_choice("model.recompute", self.recompute, ["none", "selective", "full"])
+        check_choice("model.recompute", self.recompute, ["auto", "none", "selective", "full"])
         for name in self.recompute_modules:
             check_choice("model.recompute_modules", name, ["core_attn", "layernorm", "mlp"])
         if self.recompute == "selective" and not self.recompute_modules:
@@ -73,6 +76,11 @@ class ModelConfig:
             if self.lora.rank and part in self.lora.parts:
                 raise ValueError(f"model.freeze and model.lora.parts both name {part}")
 
+    @property
+    def params_dtype(self) -> str:
+        """``dtype`` by its name in torch; where a run has not decided ``auto`` yet, a CPU's."""
+        return "float32" if self.dtype == "auto" else self.dtype
+
 
 @dataclass
 class ParallelConfig:
@@ -85,7 +93,8 @@ class ParallelConfig:
     context_parallel_size: int = 1  # ranks that share the tokens of every sequence
     cp_comm_type: str = "auto"  # all_gather (keys, values) | a2a (heads) | p2p (a ring); auto: what the layers do best
     expert_model_parallel_size: int = 1  # ranks of a stage, whatever tokens they have, that share a layer's experts
-    sequence_parallel: bool = False
+    # tensor-parallel ranks share the tokens between their layers too; null: on GPUs with several such ranks
+    sequence_parallel: bool | None = None
     use_distributed_optimizer: bool = True  # shard the optimizer's state over data-parallel ranks
     balance_vision: bool = True  # data- and context-parallel ranks share the images of a microbatch by their cost
 

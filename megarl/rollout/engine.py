@@ -107,7 +107,7 @@ def external_environment(architecture: str) -> dict[str, str]:
 
 def server_arguments(config: RunConfig, hf_dir: str, index: int, device: str) -> dict[str, Any]:
     """SGLang's ServerArgs of engine ``index`` on ``device``, cuda or cpu; ``rollout.engine`` has the last word."""
-    dtype = config.rollout.dtype or config.model.dtype
+    dtype = config.rollout.dtype or config.model.params_dtype
     arguments: dict[str, Any] = {
         "model_path": hf_dir,
         "dtype": dtype,

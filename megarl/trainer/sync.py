@@ -50,7 +50,7 @@ class WeightSync:
         self.version = -1
         self.prepared: list[ActorHandle] = []  # engines that hold the frozen matrices, for weight_sync.lora=adapter
         self.digest: dict[str, str] = {}  # checksums of the last version that was sent
-        rounded = "bfloat16" in (config.model.dtype, config.rollout.dtype)
+        rounded = "bfloat16" in (config.model.params_dtype, config.rollout.dtype)
         self.judge = Judge(rounded, config.weight_sync.canary_tolerance or (0.03 if rounded else 1e-4))
 
     def push(self, engines: list[ActorHandle], version: int, *, must_change: bool) -> dict[str, float]:

@@ -65,7 +65,7 @@ def build_trainable(config: RunConfig, model: MegatronModule, c: OptimizerConfig
     ``num_updates`` is how long the learning rate decays.
     """
     model.freeze(config.model.freeze)
-    bf16 = config.model.dtype == "bfloat16"
+    bf16 = config.model.params_dtype == "bfloat16"
     distributed = config.parallel.use_distributed_optimizer
     ddp_config = DistributedDataParallelConfig(use_distributed_optimizer=distributed, grad_reduce_in_fp32=True)
     ddp = []

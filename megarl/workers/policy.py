@@ -363,7 +363,7 @@ class PolicyWorker:
 
     @property
     def _engine_dtype(self) -> torch.dtype:
-        return getattr(torch, self.config.rollout.dtype or self.config.model.dtype)
+        return getattr(torch, self.config.rollout.dtype or self.config.model.params_dtype)
 
     def write_hf(self, directory: str, *, merged: bool = True, average: bool = False) -> dict[str, str]:
         """Write the policy, with its adapters if ``merged``, or its ``average``, as a Hugging Face directory.
@@ -384,7 +384,7 @@ class PolicyWorker:
                 yield name, tensor
 
         if self.rank == 0:
-            write_hf(directory, noting(), self.hf_dir, dtype=DTYPES[self.config.model.dtype])
+            write_hf(directory, noting(), self.hf_dir, dtype=DTYPES[self.config.model.params_dtype])
         else:
             for _ in tensors:
                 pass

@@ -71,7 +71,7 @@ def layer_spec(model: ModelConfig, config: TransformerConfig, *, causal: bool = 
         spec = get_gpt_layer_with_transformer_engine_spec(qk_layernorm=config.qk_layernorm)
         spec.submodules.self_attention.submodules.core_attention = PackedTEAttention
     else:
-        if model.attention_backend == "varlen" and not (torch.cuda.is_available() and model.dtype == "bfloat16"):
+        if model.attention_backend == "varlen" and not (torch.cuda.is_available() and model.params_dtype == "bfloat16"):
             raise ValueError("model.attention_backend=varlen needs CUDA and model.dtype=bfloat16")
         if model.attention_backend == "flex" and not torch.cuda.is_available():
             raise ValueError("model.attention_backend=flex needs CUDA: torch computes no gradient of it on a CPU")

@@ -23,12 +23,12 @@ def transformer_config(
     (a decoder); else it lives whole on one stage (a vision tower). ``overrides``: apply ``model.megatron`` last. Raises
     ``ValueError`` that names an unknown field of ``model.megatron`` and the nearest known one.
     """
-    dtype = DTYPES[model.dtype]
+    dtype = DTYPES[model.params_dtype]
     # explicit devices of mcore would put a model on the GPU that is being described on the meta device
     cuda = torch.cuda.is_available() and torch.get_default_device().type != "meta"
     values: dict[str, Any] = {
         "tensor_model_parallel_size": parallel.tensor_model_parallel_size,
-        "sequence_parallel": parallel.sequence_parallel and pipelined,
+        "sequence_parallel": bool(parallel.sequence_parallel) and pipelined,
         "params_dtype": dtype,
         "pipeline_dtype": dtype,
         "autocast_dtype": dtype,
