@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import ipaddress
 import math
+import os
 import subprocess
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -20,6 +21,7 @@ from ray.util.placement_group import PlacementGroup, placement_group, remove_pla
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy, PlacementGroupSchedulingStrategy
 
 from megarl.config import TRAINER_MEMORY, RunConfig
+from megarl.launch.environment import nccl_environment, rank_environment
 from megarl.types import Placement
 
 _PROBE_TIMEOUT_S = 120.0  # for a process on each node to start
@@ -219,7 +221,7 @@ def placed(config: RunConfig, *, engines: bool = True) -> Iterator[tuple[RunConf
     group, hosts = _reserve(decided)
     try:
         gpus, memory = _which_gpus(decided, group, hosts)
-        yield config, _on_gpus(decided, group, hosts, gpus, memory)
+        yield config, _on_gpus(config, decided, group, hosts, gpus, memory)
     finally:
         remove_placement_group(group)
 
@@ -310,13 +312,18 @@ def _which_gpus(
 
 
 def _on_gpus(
-    decided: Plan, group: PlacementGroup, hosts: list[int], gpus: dict[tuple[int, int], str], memory: int | None
+    config: RunConfig,
+    decided: Plan,
+    group: PlacementGroup,
+    hosts: list[int],
+    gpus: dict[tuple[int, int], str],
+    memory: int | None,
 ) -> Placement:
     """Actors ask Ray for no GPU of their own: the bundles hold them, and an engine's process must see all of its."""
 
-    def options(places: list[tuple[int, int]]) -> dict[str, Any]:
+    def options(places: list[tuple[int, int]], env: dict[str, str]) -> dict[str, Any]:
         visible = ",".join(gpus[place] for place in places)
-        env = {"CUDA_VISIBLE_DEVICES": visible, "RAY_EXPERIMENTAL_NOSET_CUDA_VISIBLE_DEVICES": "1"}
+        env = env | {"CUDA_VISIBLE_DEVICES": visible, "RAY_EXPERIMENTAL_NOSET_CUDA_VISIBLE_DEVICES": "1"}
         bundle = PlacementGroupSchedulingStrategy(group, hosts.index(places[0][0]))
         return {"num_gpus": 0, "scheduling_strategy": bundle, "runtime_env": {"env_vars": env}}
 
@@ -325,8 +332,8 @@ def _on_gpus(
     return Placement(
         kind=decided.kind,
         device="cuda",
-        rank_options=[options([place]) for place in decided.ranks],
-        engine_options=[options(places) for places in decided.engines],
+        rank_options=[options([place], rank_environment(config, os.environ)) for place in decided.ranks],
+        engine_options=[options(places, nccl_environment(os.environ)) for places in decided.engines],
         sources=[[rank_at[place] for place in places] for places in decided.engines] if colocated else [],
         gpu_bytes=memory,
         lines=_lines(decided, gpus),

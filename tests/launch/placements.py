@@ -67,6 +67,7 @@ def place(name: str, index: dict[str, int], everyone: bool) -> dict:
                 "engines": found[len(ranks) :],
                 "visible": [o["runtime_env"]["env_vars"]["CUDA_VISIBLE_DEVICES"] for o in placement.rank_options],
                 "sources": placement.sources,
+                "nccl": [o["runtime_env"]["env_vars"]["NCCL_CUMEM_ENABLE"] for o in (ranks[0], engines[0])],
                 "lines": placement.lines,
                 "seconds": time.monotonic() - start,
             }

@@ -145,6 +145,7 @@ def test_ray_starts_ranks_and_engines_where_the_plan_has_them():
     assert (one["world"], one["num_engines"], one["device"], one["transport"]) == (8, 4, "cuda", "tensor")
     assert one["offload"] == ["optimizer", "gradients", "parameters", "reference"]
     assert one["visible"] == list("01234567")
+    assert one["nccl"] == ["0", "0"]  # the same on both sides
     assert one["ranks"] == [[0, "0"], [0, "7"]]
     assert one["engines"] == [[0, "0,1"], [0, "6,7"]]
     assert one["sources"] == [[0, 1], [2, 3], [4, 5], [6, 7]]
