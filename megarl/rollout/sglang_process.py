@@ -48,8 +48,7 @@ from sglang.srt.utils.weight_checker import ChecksumInfo, WeightChecker  # noqa:
 
 from megarl.rollout import cpu_memory  # noqa: E402
 from megarl.rollout.cpu_attention import BatchedTorchAttention  # noqa: E402
-from megarl.rollout.live_weights import adapter_tensors, hf_tensors  # noqa: E402
-from megarl.utils.checksum import tensor_checksum  # noqa: E402
+from megarl.rollout.live_weights import Held, checksums, held_adapters, held_weights  # noqa: E402
 
 if ON_CPU:
     cpu_memory.install()
@@ -73,16 +72,15 @@ class CheckpointWeightChecker(WeightChecker):
 
     def handle(self, action: str, allow_quant_error: bool = False) -> dict | None:
         if action == "adapter_checksum":
-            return self._checksum_info(adapter_tensors(KnownLoRAManager.instance))
+            return self._checksum_info(held_adapters(KnownLoRAManager.instance))
         return super().handle(action, allow_quant_error)
 
     def _compute_checksum(self) -> dict[str, Any]:
-        return self._checksum_info(hf_tensors(self._get_model()))
+        return self._checksum_info(held_weights(self._get_model()))
 
-    def _checksum_info(self, tensors: Iterable[tuple[str, torch.Tensor]]) -> dict[str, Any]:
-        checksums = {name: tensor_checksum(tensor) for name, tensor in tensors}
+    def _checksum_info(self, held: Iterable[Held]) -> dict[str, Any]:
         return ChecksumInfo(
-            checksums=checksums, per_gpu_checksum="", parallelism_info=self._parallelism_info()
+            checksums=checksums(held), per_gpu_checksum="", parallelism_info=self._parallelism_info()
         ).model_dump()
 
 
