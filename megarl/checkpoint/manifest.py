@@ -72,9 +72,17 @@ def file_sha256(path: Path) -> str:
 
 
 def write_manifest(path: Path, manifest: Manifest) -> None:
-    """Declare the checkpoint at ``path`` complete, with the files that are there now; known hashes stay."""
-    files = sorted(file for file in path.rglob("*") if file.is_file() and file.name != MANIFEST_FILE)
-    names = {file.relative_to(path).as_posix(): file for file in files}
+    """Declare the checkpoint at ``path`` complete, with the files that are there now; known hashes stay.
+
+    ``CheckpointError`` when a file that a rank has written and hashed is not there.
+    """
+    listed = {file.relative_to(path).as_posix() for file in path.rglob("*") if file.is_file()}
+    # by name too: what lists a directory of another machine may not have heard of its newest files
+    names = {name: path / name for name in sorted((listed | set(manifest.sha256)) - {MANIFEST_FILE})}
+    if unseen := [name for name, file in names.items() if not file.is_file()]:
+        raise CheckpointError(
+            f"{path}: {', '.join(unseen)} was written and is not seen here: is the directory the same on all machines?"
+        )
     manifest.files = {name: file.stat().st_size for name, file in names.items()}
     manifest.sha256 = {name: manifest.sha256.get(name) or file_sha256(file) for name, file in names.items()}
     write_atomically(path / MANIFEST_FILE, json.dumps(asdict(manifest), indent=2) + "\n")

@@ -54,7 +54,7 @@ from megarl.checkpoint.manifest import (
     step_directory,
     write_manifest,
 )
-from megarl.checkpoint.optimizer_state import OPTIMIZER_FORMAT, padded_buckets
+from megarl.checkpoint.optimizer_state import OPTIMIZER_FORMAT, held_ranges
 from megarl.checkpoint.parts import HEAD_PREFIX, Parts, is_weight, may_stay, states
 from megarl.checkpoint.progress import progress
 from megarl.config import RunConfig
@@ -164,11 +164,11 @@ def _state(model: nn.Module, optimizer: MegatronOptimizer | None, *, is_loading:
         state[part] = {name: tensor for name, tensor in state[part].items() if CHILD in name or HEAD_PREFIX in name}
     if optimizer is not None:
         again = {"model": module.sharded_state_dict()}
-        with padded_buckets(optimizer):
+        with held_ranges(optimizer):
             sharded = optimizer.sharded_state_dict(again, is_loading=is_loading, metadata=OPTIMIZER_FORMAT)
         for part in [sharded] if "param_state" in sharded else sharded.values():
-            if isinstance(part, dict) and part.get("param_state", 0) is None:
-                del part["param_state"]  # it is on the first data-parallel rank only
+            if isinstance(part, dict) and part.get("param_state") == {}:
+                del part["param_state"]  # this rank holds nothing; mcore does not take an empty dict
         state["optimizer"] = sharded
     return state
 
@@ -194,7 +194,8 @@ class TrainedPart:
         held = _model_part(module)
         module.load_state_dict(state.get(held, {}), strict=held == "model")  # a stage without adapters has no entry
         if self.optimizer is not None:
-            self.optimizer.load_state_dict(state["optimizer"])
+            with held_ranges(self.optimizer):
+                self.optimizer.load_state_dict(state["optimizer"])
         if self.scheduler is not None:
             self.scheduler.num_steps = 0
             self.scheduler.step(increment=state["scheduler"]["num_steps"])

@@ -17,9 +17,14 @@ from pathlib import Path
 from typing import IO, Any
 
 import torch
+from megatron.core import parallel_state
 from megatron.core.dist_checkpointing.core import CheckpointingConfig, save_config
+from megatron.core.dist_checkpointing.exchange_utils import determine_main_replica_uniform_distribution
 from megatron.core.dist_checkpointing.mapping import ShardedStateDict
 from megatron.core.dist_checkpointing.strategies.async_utils import AsyncRequest
+from megatron.core.dist_checkpointing.strategies.fully_parallel import (
+    distribute_main_replicas_with_precomputed_distribution,
+)
 from megatron.core.dist_checkpointing.strategies.state_dict_saver import save_state_dict_async_plan
 from megatron.core.dist_checkpointing.strategies.torch import (
     MCoreSavePlanner,
@@ -114,7 +119,13 @@ class SnapshotStrategy(TorchDistSaveShardedStrategy):
         self.metadata: Metadata | None = None  # the index but for the places in the files; only on rank 0
 
     def async_save(self, sharded_state_dict: ShardedStateDict, checkpoint_dir: str | Path) -> AsyncRequest:
-        """Plan the save with all ranks and take this rank's shards; the request itself does nothing."""
+        """Plan the save with all ranks and take this rank's shards; the request itself does nothing.
+
+        What data-parallel ranks have alike, each of them writes a part of.
+        """
+        group = parallel_state.get_data_parallel_group(with_context_parallel=True)
+        distribution = determine_main_replica_uniform_distribution(sharded_state_dict, group)
+        distribute_main_replicas_with_precomputed_distribution(sharded_state_dict, group, distribution)
         state, _, _ = _replace_state_dict_keys_with_sharded_keys(sharded_state_dict, self.keep_only_main_replica)
         self.writer = self.make_writer(Path(checkpoint_dir))
         planner = MCoreSavePlanner(dedup_replicated_tensors=False, flatten_state_dict=False)

@@ -218,7 +218,6 @@ def test_four_ranks_save_and_any_layout_takes_the_same_step(pool, references, tm
 
 def write_and_die(reference: Reference, directory: str, victim: int) -> None:
     """A complete save of step 1, then one of step 2 in which the rank ``victim`` is killed half way."""
-    import torch.distributed as dist
 
     from megarl.checkpoint import megatron, writer
     from tests.checkpoint.training import build, run_config, step
@@ -253,7 +252,6 @@ def test_killed_while_saving_the_previous_checkpoint_stays_the_latest(pool, refe
 
 
 def fail_on_a_rank(reference: Reference, directory: str) -> tuple[str, bool]:
-    import torch.distributed as dist
 
     from megarl.checkpoint import megatron, writer
     from tests.checkpoint.training import build, run_config, step
@@ -367,22 +365,6 @@ def test_a_run_that_goes_back_keeps_what_it_leaves(tmp_path):
             complete(tmp_path, step)
     assert [path.name for path in prune(tmp_path, 1)] == ["step_000001", "step_000002"]
     assert (tmp_path / "abandoned_step_000003" / MANIFEST_FILE).is_file()
-
-
-def gathered(piece: int) -> list[float]:
-    """Shards of 5 numbers from three ranks, in pieces."""
-    from megarl.checkpoint import optimizer_state
-
-    optimizer_state.PIECE, default = piece, optimizer_state.PIECE
-    whole = torch.zeros(15 if dist.get_rank() == 0 else 0)
-    optimizer_state._gather(torch.arange(5.0) + 5 * dist.get_rank(), whole, dist.group.WORLD)
-    optimizer_state.PIECE = default
-    return whole.tolist()
-
-
-@pytest.mark.parametrize("piece", [1, 2, 5, 100])
-def test_shards_are_gathered_in_pieces(pool, piece):
-    assert pool.run(gathered, 3, piece) == [[float(i) for i in range(15)], [], []]
 
 
 def test_latest_of_nothing(tmp_path):
