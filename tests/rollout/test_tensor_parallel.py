@@ -24,8 +24,8 @@ def checksums(named) -> dict[str, str]:
 
 
 def write_experts(path, seed):
-    """Of 128 inner channels: on a CPU SGLang pads an expert's to 64 on each rank."""
-    experts = {"num_experts": 8, "num_experts_per_tok": 2, "moe_intermediate_size": 128}
+    """Of 192 inner channels: on a CPU SGLang pads those of a rank to a multiple of 32."""
+    experts = {"num_experts": 8, "num_experts_per_tok": 2, "moe_intermediate_size": 192}
     vision = tiny_models.QWEN3_VISION | {"depth": 3, "deepstack_visual_indexes": [0, 1, 2]}
     tiny_models._qwen_vl(path, seed, "Qwen3VLMoe", tiny_models._qwen3_text(3) | experts, vision)
     return path
