@@ -223,7 +223,7 @@ def save(
 ) -> Handle:
     """Save to ``path``, replacing what is there; every rank of the world calls it with its shard.
 
-    Every rank writes what it alone holds, and its share of what data-parallel ranks have alike.
+    Every rank writes what it alone holds and its share of what data-parallel ranks have alike.
     ``extra``: JSON-able, the same on all ranks (rank 0's is kept). ``hf_dir`` (default: ``model.path``): whose
     configuration, tokenizer and processor are copied into ``hf/``. With ``async_save`` the call returns when the
     shards have been copied to host memory: training may go on at once, and the files are written by a thread.
