@@ -36,6 +36,7 @@ class Node:
     address: str
     gpus: int  # all of them, 0 on a node for the CPU
     free: int  # those that nothing has reserved
+    cpus: int = 1
 
 
 @dataclass
@@ -172,6 +173,7 @@ def cluster_nodes() -> list[Node]:
             address=node["NodeManagerAddress"],
             gpus=int(node["Resources"].get("GPU", 0)),
             free=int(free.get(node["NodeID"], {}).get("GPU", 0)),
+            cpus=int(node["Resources"].get("CPU", 1)),
         )
         for node in ray.nodes()
         if node["Alive"]
@@ -324,6 +326,9 @@ def _on_gpus(
     def options(places: list[tuple[int, int]], env: dict[str, str]) -> dict[str, Any]:
         visible = ",".join(gpus[place] for place in places)
         env = env | {"CUDA_VISIBLE_DEVICES": visible, "RAY_EXPERIMENTAL_NOSET_CUDA_VISIBLE_DEVICES": "1"}
+        node = decided.nodes[places[0][0]]
+        # Ray would give one thread to an actor that asks for no core
+        env["OMP_NUM_THREADS"] = os.environ.get("OMP_NUM_THREADS", str(max(1, node.cpus // node.gpus)))
         bundle = PlacementGroupSchedulingStrategy(group, hosts.index(places[0][0]))
         return {"num_gpus": 0, "scheduling_strategy": bundle, "runtime_env": {"env_vars": env}}
 

@@ -12,8 +12,6 @@ import time
 from collections.abc import Iterable
 from typing import Any, ClassVar
 
-import torch
-
 from megarl.rollout import cpu_shims
 
 cpu_shims.install()
