@@ -75,16 +75,19 @@ class Response:
     weight_versions: np.ndarray  # [N] int32, of the weights that each token was sampled from
 
 
-def engine_environment(tensor_parallel_size: int, device: str) -> dict[str, str]:
+def engine_environment(config: RunConfig, device: str) -> dict[str, str]:
     """Environment variables that must be set before the actor's process imports torch and SGLang.
 
     ``device``: cuda or cpu.
     """
+    tensor_parallel_size = config.rollout.tensor_parallel_size
     environment = {
         "SGLANG_VLM_CACHE_SIZE_MB": "0",  # its cache of image embeddings outlives weight updates
         "PYTHONWARNINGS": "ignore::UserWarning",  # each of its processes prints a page while it imports
         "TQDM_DISABLE": "1",
     }
+    if config.trainer.placement == "colocated" and "cuda_graph" in config.rollout.release:
+        environment["SGLANG_MEMORY_SAVER_CUDA_GRAPH"] = "1"  # its memory saver leaves them alone else
     if device == "cpu":
         # Threads of several processes spin against each other on few cores; CPU has no compiled kernels to gain from.
         environment |= {"SGLANG_USE_CPU_ENGINE": "1", "OMP_NUM_THREADS": "1", "TORCHDYNAMO_DISABLE": "1"}

@@ -248,7 +248,7 @@ class RolloutManager:
             "num_cpus": 0,  # engines are placed by their GPUs, or share a CPU machine with the trainer
             "max_concurrency": _MAX_CALLS,
         }
-        env = engine_environment(self._config.rollout.tensor_parallel_size, self._placement.device)
+        env = engine_environment(self._config, self._placement.device)
         placed = dict(self._actor_options[index])
         env |= placed.pop("runtime_env", {}).get("env_vars", {})
         actor = ray.remote(EngineActor).options(**(options | placed), runtime_env={"env_vars": env})

@@ -65,6 +65,7 @@ class Offload:
                 freed += sum(parked.num_bytes for parked in self.parked[part])
         if freed and torch.cuda.is_available():
             torch.cuda.synchronize()
+            torch.cuda.ipc_collect()  # buckets of weights that engines have read
             torch.cuda.empty_cache()
         return freed
 
