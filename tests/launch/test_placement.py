@@ -133,7 +133,11 @@ def on_ray(*arguments):
     command = [sys.executable, str(Path(__file__).with_name("placements.py")), *arguments]
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=400, check=False)
     assert done.returncode == 0, done.stderr[-4000:]
-    return json.loads(done.stdout.splitlines()[-1])
+    results = json.loads(done.stdout.splitlines()[-1])
+    for name, result in results.items():  # pytest -s shows them
+        text = result.get("refused") or "\n".join(result["lines"])
+        print(f"{arguments} {name} in {result['seconds']:.1f} s: {result.get('kind', 'refused')}\n{text}")
+    return results
 
 
 def test_ray_starts_ranks_and_engines_where_the_plan_has_them():
