@@ -1,4 +1,4 @@
-"""Make a CPU build of torch believe that there is a CUDA device: compile ``fake_cuda.cpp`` once, load it before torch."""
+"""Make a CPU build of torch believe in a CUDA device: compile ``fake_cuda.cpp`` once, load it before torch."""
 
 from __future__ import annotations
 

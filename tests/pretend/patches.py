@@ -1,4 +1,4 @@
-"""What Python code asks torch beside operations, answered as on a machine with one H100, for as long as one pretends."""
+"""What Python asks torch beside operations, answered as on a machine with one H100, for as long as one pretends."""
 
 from __future__ import annotations
 

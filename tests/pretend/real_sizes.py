@@ -21,7 +21,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 warnings.simplefilter("ignore")
-sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+sys.path[0] = str(Path(__file__).resolve().parents[2])  # this folder would hide packages
 
 from tests.pretend import device  # noqa: E402
 

@@ -81,9 +81,7 @@ def _tolist(tensor: CudaTensor) -> list:
 def _numpy(tensor: CudaTensor, *, force: bool = False) -> Any:
     if force:
         return tensor.cpu().numpy()
-    raise TypeError(
-        "can't convert cuda:0 device type tensor to numpy. Use Tensor.cpu() to copy it to host memory first"
-    )
+    raise TypeError("can't convert cuda:0 device type tensor to numpy")
 
 
 _INTERCEPTED: dict[Any, Callable] = {

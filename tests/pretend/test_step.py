@@ -1,0 +1,147 @@
+"""A step of the real worker on a pretended GPU: nothing is mixed, the numbers are the CPU's, the host rarely waits.
+
+Each run is one process for all families, because the shim must be loaded before torch; see README.md here.
+"""
+
+from __future__ import annotations
+
+import math
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+import examples.tiny_models as tiny
+from tests.pretend import device, jobs, step
+
+FAMILIES = ["qwen2_vl", "qwen2_5_vl", "qwen3_vl", "qwen3_vl_moe", "llava", "qwen3"]
+DENSE = [family for family in FAMILIES if family != "qwen3_vl_moe"]  # the router's kernels are not stood in for
+OVERRIDES = ["trainer.max_tokens_per_microbatch=256"]
+BFLOAT16 = [*OVERRIDES, "model.dtype=bfloat16"]
+TE = [*BFLOAT16, "model.transformer_impl=transformer_engine"]
+MAX_WAITS = 12  # of the host for the device in a forward pass, whatever the number of layers
+LAYOUTS = {
+    "tp2 sp": ["parallel.tensor_model_parallel_size=2", "parallel.sequence_parallel=True"],
+    "cp2": ["parallel.context_parallel_size=2"],
+    "pp2": ["parallel.pipeline_model_parallel_size=2"],
+    "dp2": [],
+}
+
+pytestmark = pytest.mark.skipif(device.reason_to_skip() is not None, reason=str(device.reason_to_skip()))
+
+
+@pytest.fixture(scope="session")
+def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny model of each family, by its name."""
+    directory = tmp_path_factory.mktemp("pretend_models")
+    for family in FAMILIES:
+        getattr(tiny, family)(directory / family, seed=3)
+    return directory
+
+
+@pytest.fixture(scope="session")
+def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Where ranks write."""
+    return tmp_path_factory.mktemp("pretend")
+
+
+def cases(models: Path, families: list[str], overrides: list[str]) -> list[dict[str, Any]]:
+    return [{"name": family, "path": str(models / family), "overrides": overrides} for family in families]
+
+
+@pytest.fixture(scope="session")
+def float32(models: Path, runs: Path) -> dict[str, dict]:
+    (results,) = jobs.start(runs / "float32", cases(models, FAMILIES, OVERRIDES))
+    return results
+
+
+@pytest.fixture(scope="session")
+def bfloat16(models: Path, runs: Path) -> dict[str, dict]:
+    (results,) = jobs.start(runs / "bfloat16", cases(models, FAMILIES, BFLOAT16))
+    return results
+
+
+@pytest.fixture(scope="session")
+def transformer_engine(models: Path, runs: Path) -> dict[str, dict]:
+    (results,) = jobs.start(runs / "te", cases(models, DENSE, TE), transformer_engine=True)
+    return results
+
+
+def on_cpu(path: str, overrides: list[str], directory: str) -> dict:
+    """On a rank of the pool: the same calls without pretending."""
+    return step.run_all(path, overrides, directory, 1, lambda: 0)
+
+
+def check(result: dict, *, max_waits: int | None = MAX_WAITS) -> None:
+    """What holds for every family, specification and layout."""
+    assert "error" not in result, result["error"]
+    assert result["device"] == "cuda"
+    assert result["misplaced"] == []
+    assert result["freed"] > 0
+    assert result["restored"]
+    assert result["loaded"]
+    if max_waits is not None:
+        assert result["waits"]["forward"] <= max_waits, result["places"]
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_float32_equals_the_cpu(family: str, models: Path, runs: Path, float32: dict, pool: Any) -> None:
+    result = float32[family]
+    check(result, max_waits=None)  # the float32 path is not the one that GPUs take
+    with tempfile.TemporaryDirectory() as directory:
+        (expected,) = pool.run(on_cpu, 1, str(models / family), OVERRIDES, directory)
+        written = load_file(Path(directory) / "hf" / "model.safetensors")
+    assert result["checksums"] == expected["checksums"]
+    assert result["grad_norm"] == pytest.approx(expected["grad_norm"], rel=1e-5)
+    for ours, theirs in zip(result["old_logprobs"], expected["old_logprobs"], strict=True):
+        assert ours == pytest.approx(theirs, abs=1e-5)
+    for name in ("sums", "validated"):
+        assert result[name] == pytest.approx(expected[name], rel=1e-3, abs=1e-3), name
+    trained = load_file(runs / "float32" / family / "hf" / "model.safetensors")
+    assert set(trained) == set(written)
+    for name, tensor in trained.items():
+        torch.testing.assert_close(tensor, written[name], rtol=1e-4, atol=1e-5, msg=lambda m, name=name: f"{name}: {m}")
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_bfloat16(family: str, bfloat16: dict, float32: dict) -> None:
+    """The varlen kernel's path, and float32's numbers but for rounding."""
+    check(bfloat16[family])
+    assert bfloat16[family]["grad_norm"] == pytest.approx(float32[family]["grad_norm"], rel=0.1)
+
+
+@pytest.mark.parametrize("family", DENSE)
+def test_transformer_engine(family: str, transformer_engine: dict, bfloat16: dict) -> None:
+    """TE 2.11's constructors and forwards are given what they know, and the numbers are those of our own layers."""
+    check(transformer_engine[family])
+    assert transformer_engine[family]["attention_calls"] > 0
+    assert transformer_engine[family]["grad_norm"] == pytest.approx(bfloat16[family]["grad_norm"], rel=0.05)
+
+
+@pytest.mark.parametrize(
+    ("family", "layouts"),
+    [
+        ("qwen2_5_vl", ["tp2 sp", "cp2", "pp2", "dp2"]),
+        pytest.param("llava", ["tp2 sp", "cp2", "pp2", "dp2"], marks=pytest.mark.slow),
+        pytest.param("qwen3_vl", ["tp2 sp", "cp2", "pp2", "dp2"], marks=pytest.mark.slow),
+    ],
+)
+def test_two_ranks(family: str, layouts: list[str], models: Path, runs: Path, bfloat16: dict) -> None:
+    ranks = jobs.start(
+        runs / f"{family}_ranks",
+        [
+            {"name": layout, "path": str(models / family), "overrides": [*BFLOAT16, *LAYOUTS[layout]]}
+            for layout in layouts
+        ],
+        world_size=2,
+    )
+    for layout in layouts:
+        for rank in ranks:
+            check(rank[layout], max_waits=None)
+        norms = [rank[layout]["grad_norm"] for rank in ranks]
+        speaking = [norm for norm in norms if norm is not None]
+        assert speaking, layout
+        assert all(math.isclose(norm, bfloat16[family]["grad_norm"], rel_tol=0.1) for norm in speaking), layout
