@@ -171,6 +171,7 @@ class OptimizerConfig:
     eps: float = 1e-8
     weight_decay: float = 0.0
     clip_grad: float = 1.0  # largest gradient norm
+    megatron: dict[str, Any] = field(default_factory=dict)  # further fields of mcore's OptimizerConfig, verbatim
 
     def __post_init__(self) -> None:
         check_choice("optimizer.lr_decay_style", self.lr_decay_style, ["constant", "linear", "cosine"])
