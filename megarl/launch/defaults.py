@@ -21,7 +21,9 @@ def with_device_defaults(config: RunConfig, hf_config: PretrainedConfig, *, gpu_
     if model.dtype == "auto":
         model = replace(model, dtype="bfloat16" if on_gpus else "float32")
     if parallel.sequence_parallel is None:
-        parallel = replace(parallel, sequence_parallel=on_gpus and parallel.tensor_model_parallel_size > 1)
+        experts = getattr(hf_config.get_text_config(), "num_experts", None)  # need it
+        wanted = parallel.tensor_model_parallel_size > 1 and (on_gpus or bool(experts))
+        parallel = replace(parallel, sequence_parallel=wanted)
     config = replace(config, model=model, parallel=parallel)
     if model.recompute != "auto":
         return config

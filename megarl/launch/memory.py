@@ -450,7 +450,7 @@ def engine_memory_fraction(config: RunConfig, hf_config: PretrainedConfig, gpu_b
     if cache < longest * token:
         raise ValueError(
             f"an engine has {free / 1e9:.1f} GB of a GPU, of which its weights need {weights / 1e9:.1f} and what is "
-            f"not cache {kept / 1e9:.1f}: {cache / 1e9:.1f} are left for the keys and values of a sequence of {longest} "
+            f"not cache {kept / 1e9:.1f}: {cache / 1e9:.1f} are left for keys and values of a sequence of {longest} "
             f"tokens, {longest * token / 1e9:.1f}. Use a larger rollout.tensor_parallel_size, or trainer.offload=[auto]"
         )
     return math.floor(1000 * (1 - kept / free)) / 1000

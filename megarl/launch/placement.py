@@ -2,7 +2,7 @@
 
 ``plan`` is arithmetic on the GPUs of nodes and refuses what cannot be placed, with the node, GPUs wanted and GPUs free.
 ``placed`` reserves them as one Ray placement group, a bundle for each node, and says how Ray must start
-every actor. The driver needs no GPU: nothing here asks torch.
+every actor. The driver needs no GPU: nobody asks its torch.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 import ray
+import torch
 from ray.util.placement_group import PlacementGroup, placement_group, remove_placement_group
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy, PlacementGroupSchedulingStrategy
 
@@ -198,13 +199,14 @@ class _Probe:
         return sorted(names, key=lambda name: (int(name) if name.isdigit() else 0, name))
 
     def memory(self) -> int | None:
-        """Bytes of the smallest of them, None where no driver says it."""
+        """Bytes of the smallest of them, None where neither the driver nor torch says it."""
         query = ["nvidia-smi", "--query-gpu=memory.total", "--format=csv,noheader,nounits"]
         try:
             said = subprocess.run([*query, f"--id={','.join(self.gpus())}"], capture_output=True, text=True, check=True)
             return min(int(line) << 20 for line in said.stdout.split())
         except (OSError, subprocess.CalledProcessError, ValueError):
-            return None
+            devices = range(torch.cuda.device_count()) if torch.cuda.is_available() else []
+            return min((torch.cuda.get_device_properties(i).total_memory for i in devices), default=None)
 
 
 @contextmanager

@@ -9,15 +9,19 @@ from dataclasses import replace
 from pathlib import Path
 
 from megarl.checkpoint import megatron as checkpoints
+from megarl.checkpoint.huggingface import read_config
 from megarl.config import RunConfig
 from megarl.eval.score import score_file
 from megarl.launch.cluster import cluster
+from megarl.launch.defaults import with_device_defaults
+from megarl.launch.memory import check_memory, engine_memory_fraction
 from megarl.launch.placement import placed
 from megarl.trainer.pipelined import PipelinedTrainer
 from megarl.trainer.rl import RLTrainer
-from megarl.trainer.run import Run, check, with_num_steps
+from megarl.trainer.run import Run, check, model_directory, with_num_steps
 from megarl.trainer.sft import SFTTrainer
 from megarl.types import Placement
+from megarl.utils.errors import RunFailure
 from megarl.workers.group import WorkerError
 
 
@@ -59,10 +63,26 @@ def _fit(trainer_class: type[RLTrainer] | type[SFTTrainer], config: RunConfig) -
 
 @contextmanager
 def _placed(config: RunConfig, run: Run, *, engines: bool = True) -> Iterator[tuple[RunConfig, Placement]]:
-    """``placed``, and the run told what was decided."""
+    """``placed`` and what follows from it; refuses what does not fit, and tells the run what was decided."""
     with placed(config, engines=engines) as (decided, placement):
-        run.config = decided
-        yield decided, placement
+        run.config = _for_device(decided, placement, engines=engines)
+        check(run.config)
+        yield run.config, placement
+
+
+def _for_device(config: RunConfig, placement: Placement, *, engines: bool) -> RunConfig:
+    """``config`` with what it left to the device; ``ValueError`` when it does not fit."""
+    hf_config = read_config(model_directory(config))
+    if placement.device == "cpu":
+        return with_device_defaults(config, hf_config, gpu_bytes=None)
+    if placement.gpu_bytes is None:
+        raise RunFailure("neither nvidia-smi nor torch on the nodes says how much memory their GPUs have")
+    config = with_device_defaults(config, hf_config, gpu_bytes=placement.gpu_bytes)
+    check_memory(config, hf_config, placement.gpu_bytes)
+    if engines and "mem_fraction_static" not in config.rollout.engine:
+        share = {"mem_fraction_static": engine_memory_fraction(config, hf_config, placement.gpu_bytes)}
+        config = replace(config, rollout=replace(config.rollout, engine=share | config.rollout.engine))
+    return config
 
 
 def evaluate(config: RunConfig) -> int:
@@ -91,7 +111,10 @@ def evaluate(config: RunConfig) -> int:
 
 def score(config: RunConfig, checkpoint: str, data: str, out: Path, *, temperature: float, ban: bool) -> int:
     """``megarl score``: log-probs of the responses in ``data`` under ``checkpoint``, one row out for each row in."""
+    config = replace(config, model=replace(config.model, recompute="none"))
     with cluster(config), placed(config, engines=False) as (config, placement):
+        described = Path(checkpoint) / "hf" if (Path(checkpoint) / "manifest.json").is_file() else checkpoint
+        config = with_device_defaults(config, read_config(described), gpu_bytes=placement.gpu_bytes)
         rows = score_file(config, placement, Path(checkpoint), Path(data), out, temperature=temperature, ban=ban)
     print(f"{rows} rows in {out}")
     return 0

@@ -110,7 +110,7 @@ def _validate_layout(text: PretrainedConfig, parallel: ParallelConfig) -> None:
 def _validate_experts(text: PretrainedConfig, parallel: ParallelConfig) -> None:
     size = parallel.expert_model_parallel_size
     check_divisible({"num_experts": text.num_experts}, "parallel.expert_model_parallel_size", size)
-    if parallel.tensor_model_parallel_size > 1 and not parallel.sequence_parallel:
+    if parallel.tensor_model_parallel_size > 1 and parallel.sequence_parallel is False:
         raise ValueError(
             f"parallel.tensor_model_parallel_size={parallel.tensor_model_parallel_size} of a model with experts needs "
             "parallel.sequence_parallel=True: every rank sends tokens of its own to them"
