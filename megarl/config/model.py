@@ -56,6 +56,7 @@ class ModelConfig:
     min_pixels: int = 0  # bounds of an image after resizing, in pixels; 0: as the preprocessor says
     max_pixels: int = 0
     megatron: dict[str, Any] = field(default_factory=dict)  # further fields of mcore's TransformerConfig, verbatim
+    vision_megatron: dict[str, Any] = field(default_factory=dict)  # the same of the vision tower's
 
     def __post_init__(self) -> None:
         check_choice("model.dtype", self.dtype, ["auto", "float32", "bfloat16"])
@@ -96,6 +97,8 @@ class ParallelConfig:
     # tensor-parallel ranks share the tokens between their layers too; null: on GPUs with several such ranks
     sequence_parallel: bool | None = None
     use_distributed_optimizer: bool = True  # shard the optimizer's state over data-parallel ranks
+    # further fields of mcore's DistributedDataParallelConfig, verbatim: overlap_grad_reduce, bucket_size, ...
+    ddp: dict[str, Any] = field(default_factory=dict)
     balance_vision: bool = True  # data- and context-parallel ranks share the images of a microbatch by their cost
 
     def __post_init__(self) -> None:
@@ -171,7 +174,8 @@ class OptimizerConfig:
     eps: float = 1e-8
     weight_decay: float = 0.0
     clip_grad: float = 1.0  # largest gradient norm
-    megatron: dict[str, Any] = field(default_factory=dict)  # further fields of mcore's OptimizerConfig, verbatim
+    # further fields of mcore's OptimizerConfig, verbatim: optimizer_cpu_offload, use_precision_aware_optimizer, ...
+    megatron: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         check_choice("optimizer.lr_decay_style", self.lr_decay_style, ["constant", "linear", "cosine"])

@@ -294,7 +294,7 @@ def _passing(config: RunConfig, model: Sizes, stage: int) -> dict[str, int]:
     tensor = parallel.tensor_model_parallel_size
     tokens = config.trainer.max_tokens_per_microbatch // parallel.context_parallel_size
     split = tensor if parallel.sequence_parallel else 1
-    layer = _activations(config, decoder, tokens, rows=tokens // split)
+    layer = _activations(config, decoder, config.model.megatron, tokens, rows=tokens // split)
     result = {"activations": width * layer.kept(how, modules) * _layers_in_flight(config, model, stage)}
     moments = [layer.passing(how, modules)]  # of a pass, of which the worst counts
     head = 0
@@ -305,7 +305,7 @@ def _passing(config: RunConfig, model: Sizes, stage: int) -> dict[str, int]:
         head += 3 * 4 * HEAD_ROWS * shard
     if stage == 0 and vision is not None:
         patches = _patches(config, model)
-        picture = _activations(config, vision, patches, rows=patches)
+        picture = _activations(config, vision, config.model.vision_megatron, patches, rows=patches)
         frozen = {"vision_tower"} <= set(config.model.freeze) or (
             config.model.lora.rank > 0 and not {"vision_tower", "projector"} & set(config.model.lora.parts)
         )
@@ -341,11 +341,11 @@ def _patches(config: RunConfig, model: Sizes) -> int:
     return min(room, config.trainer.max_patches_per_microbatch)
 
 
-def _activations(config: RunConfig, block: Block, tokens: int, *, rows: int) -> Activations:
-    """Of a layer on ``tokens``; ``rows`` of them are this rank's between the layers."""
+def _activations(config: RunConfig, block: Block, given: dict[str, Any], tokens: int, *, rows: int) -> Activations:
+    """Of a layer on ``tokens``, of which ``rows`` are this rank's between layers; ``given``: fields for mcore."""
     tensor = config.parallel.tensor_model_parallel_size
     ffn = tokens * block.ffn // tensor
-    fused = bool(config.model.megatron.get("bias_activation_fusion", True)) and block.gated
+    fused = bool(given.get("bias_activation_fusion", True)) and block.gated
     # the first matrix's output, then gate, up and their product; fused only the product
     mlp = (3 * ffn if fused else 5 * ffn) if block.gated else 2 * ffn
     if block.sparse:
@@ -450,8 +450,8 @@ def engine_memory_fraction(config: RunConfig, hf_config: PretrainedConfig, gpu_b
     if cache < longest * token:
         raise ValueError(
             f"an engine has {free / 1e9:.1f} GB of a GPU, of which its weights need {weights / 1e9:.1f} and what is "
-            f"not cache {kept / 1e9:.1f}: {cache / 1e9:.1f} are left for keys and values of a sequence of {longest} "
-            f"tokens, {longest * token / 1e9:.1f}. Use a larger rollout.tensor_parallel_size, or trainer.offload=[auto]"
+            f"not cache {kept / 1e9:.1f}: {cache / 1e9:.1f} are left for keys and values, and a sequence of {longest} "
+            f"tokens has {longest * token / 1e9:.1f}. Use a larger rollout.tensor_parallel_size"
         )
     return math.floor(1000 * (1 - kept / free)) / 1000
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 
@@ -36,3 +36,18 @@ def check_finite(section: str, config: Any, *names: str) -> None:
     for name in names:
         if not math.isfinite(getattr(config, name)):
             raise ValueError(f"{section}.{name}={getattr(config, name)} must be a number")
+
+
+def check_passed_through(key: str, given: Iterable[str], known: Iterable[str], refused: Mapping[str, str]) -> None:
+    """Raise a ``ValueError`` unless every field in ``given``, of the dict ``key``, may reach another library.
+
+    ``known``: the fields that it has; ``refused``: those that must not reach it, with reasons.
+    """
+    known = list(known)
+    for name in given:
+        if name not in known:
+            near = difflib.get_close_matches(name, known, n=1)
+            hint = f"; did you mean {key}.{near[0]}?" if near else ""
+            raise ValueError(f"{key}.{name}: there is no such field{hint}")
+        if name in refused:
+            raise ValueError(f"{key}.{name}: {refused[name]}")

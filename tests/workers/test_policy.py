@@ -25,6 +25,7 @@ LAYOUTS = {
     "tp2 sp": (2, ParallelConfig(tensor_model_parallel_size=2, sequence_parallel=True)),
     "pp2": (2, ParallelConfig(pipeline_model_parallel_size=2)),
     "dp2": (2, ParallelConfig()),
+    "dp2, reduced meanwhile": (2, ParallelConfig(ddp={"overlap_grad_reduce": True, "bucket_size": 20000})),
     "dp4, ranks with empty bins": (4, ParallelConfig()),
     "tp2 pp2": (4, ParallelConfig(tensor_model_parallel_size=2, pipeline_model_parallel_size=2)),
     "cp2": (2, ParallelConfig(context_parallel_size=2)),

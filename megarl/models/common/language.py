@@ -145,7 +145,7 @@ def decoder_config(text: PretrainedConfig, model: ModelConfig, parallel: Paralle
         model,
         parallel,
         pipelined=True,
-        overrides=True,
+        overrides="megatron",
         num_layers=text.num_hidden_layers,
         hidden_size=text.hidden_size,
         num_attention_heads=text.num_attention_heads,

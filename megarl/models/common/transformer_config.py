@@ -3,25 +3,27 @@
 from __future__ import annotations
 
 import dataclasses
-import difflib
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from megatron.core.transformer.transformer_config import TransformerConfig
 
 from megarl.config import ModelConfig, ParallelConfig
+from megarl.models.common.megatron_fields import REFUSED, check_gradient_accumulation_fusion
+from megarl.utils.checks import check_passed_through
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
 def transformer_config(
-    model: ModelConfig, parallel: ParallelConfig, *, pipelined: bool, overrides: bool, **fields: Any
+    model: ModelConfig, parallel: ParallelConfig, *, pipelined: bool, overrides: str = "", **fields: Any
 ) -> TransformerConfig:
     """A ``TransformerConfig`` with the family's ``fields``.
 
     ``pipelined``: the transformer is cut over pipeline stages and its tokens over context- and sequence-parallel ranks
-    (a decoder); else it lives whole on one stage (a vision tower). ``overrides``: apply ``model.megatron`` last. Raises
-    ``ValueError`` that names an unknown field of ``model.megatron`` and the nearest known one.
+    (a decoder); else it lives whole on one stage (a vision tower). ``overrides``: the dict of ``model`` that is applied
+    last, megatron or vision_megatron. Raises ``ValueError`` that names a field in it that is unknown or refused.
     """
     dtype = DTYPES[model.params_dtype]
     # explicit devices of mcore would put a model on the GPU that is being described on the meta device
@@ -46,7 +48,6 @@ def transformer_config(
         "gradient_accumulation_fusion": False,
         "masked_softmax_fusion": False,
         "bias_dropout_fusion": False,
-        "bias_activation_fusion": False,
     }
     if model.recompute == "full":
         values |= {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1}
@@ -55,16 +56,16 @@ def transformer_config(
     if pipelined:
         values |= _cuts(model, parallel)
     values |= fields
+    # mcore's other fused activations are of tanh's approximation of gelu, which is another function
+    swiglu = fields["activation_func"] is F.silu and fields.get("gated_linear_unit", False)
+    values["bias_activation_fusion"] = cuda and swiglu
     if overrides:
-        known = [field.name for field in dataclasses.fields(TransformerConfig) if field.init]
-        for name in model.megatron:
-            if name not in known:
-                near = difflib.get_close_matches(name, known, n=1)
-                hint = f"; did you mean model.megatron.{near[0]}?" if near else ""
-                raise ValueError(f"model.megatron.{name}: TransformerConfig has no such field{hint}")
-            if name in _OWNED:
-                raise ValueError(f"model.megatron.{name}: say it with parallel.{_OWNED[name]}")
-        values |= model.megatron
+        given = getattr(model, overrides)
+        _check(f"model.{overrides}", given, values)
+        if given.get("gradient_accumulation_fusion"):
+            engine = model.transformer_impl == "transformer_engine"
+            check_gradient_accumulation_fusion(f"model.{overrides}", transformer_engine=engine, cuda=cuda)
+        values |= given
         if values["batch_p2p_comm"] and parallel.interleaved and parallel.pipeline_model_parallel_size == 2:
             raise ValueError(
                 "model.megatron.batch_p2p_comm=True: with parallel.pipeline_model_parallel_size=2 and "
@@ -74,21 +75,11 @@ def transformer_config(
     return TransformerConfig(**values)
 
 
-# fields of TransformerConfig that ``ParallelConfig`` decides, and what it calls them
-_OWNED = {
-    "tensor_model_parallel_size": "tensor_model_parallel_size",
-    "pipeline_model_parallel_size": "pipeline_model_parallel_size",
-    "virtual_pipeline_model_parallel_size": "virtual_pipeline_model_parallel_size",
-    "context_parallel_size": "context_parallel_size",
-    "expert_model_parallel_size": "expert_model_parallel_size",
-    "sequence_parallel": "sequence_parallel",
-    "cp_comm_type": "cp_comm_type",
-    "pipeline_model_parallel_layout": "pipeline_layout",
-    "num_layers_in_first_pipeline_stage": "pipeline_layout",
-    "num_layers_in_last_pipeline_stage": "pipeline_layout",
-    "account_for_embedding_in_pipeline_split": "pipeline_layout",
-    "account_for_loss_in_pipeline_split": "pipeline_layout",
-}
+def _check(key: str, given: dict[str, Any], values: dict[str, Any]) -> None:
+    """Refuse what is unknown, and what is in ``REFUSED`` unless it says what is so anyway."""
+    known = {field.name: field.default for field in dataclasses.fields(TransformerConfig) if field.init}
+    asked = [name for name, value in given.items() if name not in known or value != values.get(name, known[name])]
+    check_passed_through(key, asked, known, REFUSED)
 
 
 def _cuts(model: ModelConfig, parallel: ParallelConfig) -> dict[str, Any]:

@@ -100,7 +100,7 @@ def vision_config(hf: PretrainedConfig, model: ModelConfig, parallel: ParallelCo
         model,
         parallel,
         pipelined=False,
-        overrides=False,
+        overrides="vision_megatron",
         num_layers=max(feature_layers(hf)),
         hidden_size=vision.hidden_size,
         num_attention_heads=vision.num_attention_heads,
@@ -121,7 +121,6 @@ def projector_config(hf: PretrainedConfig, model: ModelConfig, parallel: Paralle
         model,
         parallel,
         pipelined=False,
-        overrides=False,
         num_layers=1,
         num_attention_heads=parallel.tensor_model_parallel_size,  # it has none, but mcore wants some that divide
         hidden_size=text.hidden_size,

@@ -154,7 +154,7 @@ def vision_config(vision: Tower, model: ModelConfig, parallel: ParallelConfig) -
         model,
         parallel,
         pipelined=False,
-        overrides=False,
+        overrides="vision_megatron",
         num_layers=vision.num_layers,
         hidden_size=vision.hidden_size,
         num_attention_heads=vision.num_heads,
@@ -174,7 +174,6 @@ def projector_config(vision: Tower, model: ModelConfig, parallel: ParallelConfig
         model,
         parallel,
         pipelined=False,
-        overrides=False,
         num_layers=1,
         num_attention_heads=vision.num_heads,  # it has none, but mcore wants some that divide
         hidden_size=vision.out_hidden_size,
