@@ -1,4 +1,4 @@
-"""Start ranks on pretended GPUs, each a process of its own (``run.py``), and wait for what they say."""
+"""Start processes with a pretended GPU, ranks (``run.py``) or a piece of code, and wait for what they say."""
 
 from __future__ import annotations
 
@@ -8,10 +8,33 @@ import subprocess
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from tests.pretend import device
 
 TIMEOUT_S = 400.0
+
+
+def evaluate(code: str) -> Any:
+    """The value of ``answer`` that ``code`` leaves in a process of its own, where the shim is loaded; as JSON."""
+    program = f"from tests.pretend import device\ndevice.install()\n{code}\nimport json\nprint(json.dumps(answer))"
+    device.library()
+    process = subprocess.run(
+        [sys.executable, "-c", program],
+        cwd=device.ROOT,
+        env=_environment(),
+        capture_output=True,
+        text=True,
+        timeout=TIMEOUT_S,
+    )
+    if process.returncode:
+        raise AssertionError(process.stderr[-4000:])
+    return json.loads(process.stdout.splitlines()[-1])
+
+
+def _environment() -> dict[str, str]:
+    path = os.pathsep.join(filter(None, [str(device.ROOT), os.environ.get("PYTHONPATH", "")]))
+    return os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": path}
 
 
 def start(
@@ -33,9 +56,8 @@ def start(
         file.write_text(json.dumps(job))
         with (directory / f"rank{rank}.log").open("w") as log:
             command = [sys.executable, str(Path(__file__).parent / "run.py"), str(file)]
-            environment = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
             processes.append(
-                subprocess.Popen(command, cwd=device.ROOT, env=environment, stdout=log, stderr=subprocess.STDOUT)
+                subprocess.Popen(command, cwd=device.ROOT, env=_environment(), stdout=log, stderr=subprocess.STDOUT)
             )
     results = []
     try:
