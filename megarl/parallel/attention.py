@@ -31,6 +31,7 @@ from megarl.parallel import context, groups
 from megarl.parallel.flex import BlockMask, block_mask, flex_packed
 from megarl.parallel.layout import SequenceLayout, Span, sequence_spans
 from megarl.parallel.ring import RingLayouts, ring_attention
+from megarl.utils.transfer import send
 
 
 class RMSNorm(torch.nn.RMSNorm):
@@ -75,36 +76,48 @@ class PackedSequences(PackedSeqParams):
 
     To mcore, which rotates queries and keys sequence by sequence, it is one long sequence: the rotary frequencies that
     are passed beside it are per token, [T, 1, 1, D], this rank's tokens only.
+
+    All is planned on the host, which never reads the device: whoever waits for it finds its queue empty.
     """
 
-    parents: Tensor | None = None
+    bounds: Tensor | None = None  # [S + 1] int32 on the host, what cu_seqlens_q is on the device
+    parents: Tensor | None = None  # [S] int32 on the host
     size: int = 1  # of the context-parallel group
     rank: int = 0
 
+    @property
+    def device(self) -> torch.device:
+        """Where the tokens are."""
+        return self.cu_seqlens_q.device
+
     @cached_property
     def here(self) -> Tensor:
-        """Places in the pack of this rank's tokens: [T / size] int64."""
-        return context.local_positions(self.cu_seqlens_q, self.size, self.rank)
+        """Places in the pack of this rank's tokens: [T / size] int64 on the host."""
+        return context.local_positions(self.bounds, self.size, self.rank)
 
     @cached_property
     def whole(self) -> SequenceLayout:
         """Whole sequences, in the order of the pack."""
-        return SequenceLayout(sequence_spans(self.cu_seqlens_q, self.parents), self.cu_seqlens_q.device)
+        return SequenceLayout(sequence_spans(self.bounds, self.parents), self.device)
+
+    @cached_property
+    def _gathered(self) -> Tensor:
+        return context.gathered_places(self.bounds, self.size)
 
     @cached_property
     def places(self) -> Tensor:
         """Places in the pack of the tokens of all ranks, laid end to end: [T] int64."""
-        return context.gathered_places(self.cu_seqlens_q, self.size)
+        return send(self._gathered, self.device)
 
     @cached_property
     def order(self) -> Tensor:
         """The inverse of ``places``."""
-        return self.places.argsort()
+        return send(self._gathered.argsort(), self.device)
 
     @cached_property
     def chunks(self) -> list[Span]:
         """This rank's chunks of the sequences as queries, among all keys of the pack."""
-        bounds, spans, start = self.cu_seqlens_q.tolist(), [], 0
+        bounds, spans, start = self.bounds.tolist(), [], 0
         for first, last in pairwise(bounds):
             length = (last - first) // (2 * self.size)
             for number in (self.rank, 2 * self.size - 1 - self.rank):
@@ -115,11 +128,11 @@ class PackedSequences(PackedSeqParams):
 
     @cached_property
     def chunk_layout(self) -> SequenceLayout:
-        return SequenceLayout(self.chunks, self.cu_seqlens_q.device)
+        return SequenceLayout(self.chunks, self.device)
 
     @cached_property
     def ring(self) -> RingLayouts:
-        return RingLayouts(self.cu_seqlens_q // self.size)
+        return RingLayouts(self.bounds // self.size, self.device)
 
     @cached_property
     def varlen(self) -> Varlen:
@@ -129,7 +142,7 @@ class PackedSequences(PackedSeqParams):
     def flex(self, causal: bool) -> BlockMask:
         """Whole sequences, in the order of the pack."""
         if causal not in self._flex:
-            self._flex[causal] = block_mask(self.cu_seqlens_q, self.parents, causal=causal)
+            self._flex[causal] = block_mask(self.bounds, self.parents, causal=causal, device=self.device)
         return self._flex[causal]
 
     @cached_property
@@ -139,38 +152,51 @@ class PackedSequences(PackedSeqParams):
     @cached_property
     def chunk_varlen(self) -> Varlen:
         """``chunks`` for a varlen kernel."""
-        device = self.cu_seqlens_q.device
         queries, keys = ([s.length for s in self.chunks], [s.count + s.length for s in self.chunks])
-        bounds = [torch.tensor([0, *sizes]).cumsum(0).int().to(device) for sizes in (queries, keys)]
+        bounds = [send(torch.tensor([0, *sizes]).cumsum(0).int(), self.device) for sizes in (queries, keys)]
         index = [torch.arange(s.first, s.first + s.count + s.length) for s in self.chunks]
-        return Varlen(*bounds, max(queries), max(keys), torch.cat(index).to(device))
+        return Varlen(*bounds, max(queries), max(keys), send(torch.cat(index), self.device))
 
 
 def packed_sequences(
-    cu_seqlens: Tensor, parents: Tensor | None = None, *, cp_group: dist.ProcessGroup | None = None
+    cu_seqlens: Tensor,
+    parents: Tensor | None = None,
+    *,
+    device: torch.device | None = None,
+    cp_group: dist.ProcessGroup | None = None,
+    fused_rope: bool = False,
 ) -> PackedSequences:
-    """Describe T tokens packed end to end to a Megatron-Core layer; cu_seqlens: [S + 1] int32 from 0 to T.
+    """Describe T tokens on ``device`` packed end to end to a Megatron-Core layer.
+
+    cu_seqlens: [S + 1] int32 from 0 to T; it and ``parents`` belong on the host, and None for ``device`` means there.
+    ``fused_rope``: the layers' ``apply_rope_fusion``, whose kernel reads its sequences on the device.
 
     parents: [S] int32, the sequence whose tokens each one also attends to, as if they stood before it, or -1; a parent
     has no parent. With ``cp_group`` the layer gets this rank's chunks of the sequences, each a multiple of
     2 * cp_group.size() tokens long (``ValueError`` if not). Rotary frequencies passed beside it are per token.
     """
     size, rank = (cp_group.size(), cp_group.rank()) if cp_group is not None else (1, 0)
-    lengths = cu_seqlens.diff().tolist()
+    device = cu_seqlens.device if device is None else device
+    bounds, parents = cu_seqlens.cpu(), None if parents is None else parents.cpu()
+    lengths = bounds.diff().tolist()
     if size > 1:
         context.check_chunks(lengths, size)
         if parents is not None:
             raise ValueError("sequences that continue a shared prompt cannot be cut for context parallelism")
     longest = max(lengths)
-    rotated = cu_seqlens[[0, -1]] // size
+    rotated = bounds[[0, -1]] // size  # mcore's own rotation reads it number by number, twice a layer
+    if fused_rope:
+        rotated = send(rotated, device)
+    on_device = send(bounds, device)
     return PackedSequences(
         qkv_format="thd",
-        cu_seqlens_q=cu_seqlens,
-        cu_seqlens_kv=cu_seqlens,
+        cu_seqlens_q=on_device,
+        cu_seqlens_kv=on_device,
         cu_seqlens_q_padded=rotated,
         cu_seqlens_kv_padded=rotated,
         max_seqlen_q=longest,
         max_seqlen_kv=longest,
+        bounds=bounds,
         parents=parents,
         size=size,
         rank=rank,

@@ -17,7 +17,7 @@ from torch.autograd.function import FunctionCtx
 def local_positions(cu_seqlens: Tensor, size: int, rank: int) -> Tensor:
     """Where in the pack the tokens of ``rank`` are, in the order in which it has them: [T / size] int64.
 
-    cu_seqlens: [S + 1] int, each difference a multiple of 2 * size.
+    cu_seqlens: [S + 1] int on the host, each difference a multiple of 2 * size.
     """
     starts, lengths = cu_seqlens[:-1].long(), cu_seqlens.diff().long()
     chunks = lengths // (2 * size)

@@ -12,6 +12,8 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
+from megarl.utils.transfer import send
+
 
 @dataclass(frozen=True)
 class Span:
@@ -49,7 +51,9 @@ class Bucket:
 
     def to(self, device: torch.device) -> Bucket:
         """The bucket on ``device``."""
-        return Bucket(*(None if t is None else t.to(device) for t in (self.rows, self.keys, self.valid, self.visible)))
+        return Bucket(
+            *(None if t is None else send(t, device) for t in (self.rows, self.keys, self.valid, self.visible))
+        )
 
 
 class SequenceLayout:
@@ -75,8 +79,8 @@ class SequenceLayout:
             self.buckets.append(bucket.to(device))
         query, place = torch.cat(queries), torch.cat(places)
         order = query.argsort()
-        self.queries = query[order].to(device)  # of all spans, in the order of the pack
-        self.restore = place[order].to(device)  # where each of them is in the buckets laid end to end
+        self.queries = send(query[order], device)  # of all spans, in the order of the pack
+        self.restore = send(place[order], device)  # where each of them is in the buckets laid end to end
 
 
 def _bucket(spans: list[Span]) -> Bucket:

@@ -22,15 +22,15 @@ from megarl.parallel.layout import Bucket, SequenceLayout, Span
 class RingLayouts:
     """Who sees whom in the block of this rank, of a rank before it and of a rank behind it."""
 
-    def __init__(self, cu_seqlens: Tensor) -> None:
-        """cu_seqlens: [S + 1] int, of this rank's parts of the sequences, two chunks each."""
+    def __init__(self, cu_seqlens: Tensor, device: torch.device) -> None:
+        """cu_seqlens: [S + 1] int on the host, of this rank's parts of the sequences, two chunks each."""
         own, before, behind = [], [], []
         for start, end in pairwise(cu_seqlens.tolist()):
             half = (end - start) // 2
             own.append(Span(start, 2 * half, own=start))
             before.append(Span(start, 2 * half, own=None, first=start, count=half))
             behind.append(Span(start + half, half, own=None, first=start, count=2 * half))
-        self.own, self.before, self.behind = (SequenceLayout(s, cu_seqlens.device) for s in (own, before, behind))
+        self.own, self.before, self.behind = (SequenceLayout(s, device) for s in (own, before, behind))
 
     def of(self, source: int, rank: int) -> SequenceLayout:
         """The layout of the block of rank ``source`` on ``rank``."""

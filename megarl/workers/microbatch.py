@@ -18,12 +18,16 @@ from megarl.types import Media, PackedBatch
 
 @dataclass
 class MicroBatch:
-    """What a rank needs of a ``PackedBatch``: T tokens, and the N of its actions that context parallelism gives it."""
+    """What a rank needs of a ``PackedBatch``: T tokens, and the N of its actions that context parallelism gives it.
 
-    tokens: Tensor  # [1, T] int64
+    What a pass is planned by stays on the host (the tokens, where sequences end, grids and sizes of images), so that
+    nothing has to be read back from the device; all else is there.
+    """
+
+    tokens: Tensor  # [1, T] int64, on the host
     position_ids: Tensor  # [3 or 1, 1, T] int64
-    cu_seqlens: Tensor  # [S + 1] int32
-    parents: Tensor | None  # [S] int32, see PackedBatch; None: no sequence has one
+    cu_seqlens: Tensor  # [S + 1] int32, on the host
+    parents: Tensor | None  # [S] int32, on the host, see PackedBatch; None: no sequence has one
     vision: VisionInputs | None  # None: no rank shows an image, or past the first stage
     rows: Tensor  # [N] int64, places among this rank's tokens whose next token is an action
     places: Tensor  # [N] int64, these actions among the ``num_actions`` of the whole microbatch
@@ -69,8 +73,8 @@ def to_device(
     if pixel_values is not None and (share := batch.vision[cp_rank]) is not None:
         vision = VisionInputs(
             pixel_values=pixel_values(share.media).to(device),
-            grids=tensor(share.media.grids),
-            sizes=tensor(share.media.sizes),
+            grids=torch.from_numpy(share.media.grids),
+            sizes=torch.from_numpy(share.media.sizes),
             index=torch.from_numpy(share.index),
             exchange=share.exchange,
             group=vision_group,
@@ -81,10 +85,10 @@ def to_device(
     actions = here[rows]
     identity = (batch.position_ids[0], batch.labels, batch.rollout_logprobs, batch.advantages)
     return MicroBatch(
-        tokens=tensor(batch.tokens)[None],
+        tokens=torch.from_numpy(batch.tokens)[None],
         position_ids=tensor(batch.position_ids)[:, None],
-        cu_seqlens=tensor(batch.cu_seqlens),
-        parents=tensor(batch.parents) if (batch.parents >= 0).any() else None,
+        cu_seqlens=torch.from_numpy(batch.cu_seqlens),
+        parents=torch.from_numpy(batch.parents) if (batch.parents >= 0).any() else None,
         vision=vision,
         rows=tensor(rows),
         places=tensor(np.searchsorted(np.flatnonzero(batch.loss_weights), actions)),

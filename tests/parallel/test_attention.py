@@ -2,7 +2,10 @@
 
 import pytest
 import torch
+from torch._dynamo.testing import CompileCounter
+from torch.nn.attention.flex_attention import create_mask, flex_attention
 
+from megarl.parallel import flex
 from megarl.parallel.attention import packed_sequences, sdpa_packed
 from megarl.parallel.flex import flex_packed
 
@@ -89,3 +92,63 @@ def test_flex_equals_sdpa(causal, parents):
     query, key, value = (torch.randn(140, heads, 16) for heads in (6, 2, 2))
     expected = sdpa_packed(query, key, value, packed.whole, scale=0.3, causal=causal)
     torch.testing.assert_close(flex_packed(query, key, value, packed.flex(causal), scale=0.3), expected)
+
+
+PACKS = [  # lengths, parents
+    ([7, 3, 90, 5, 2, 33], None),
+    ([200, 300, 1, 90], [-1, 0, 0, -1]),
+    ([700], None),
+    ([64] * 20, [-1, *[0] * 9, -1, *[10] * 9]),
+    ([513, 0, 2], None),
+]
+
+
+@pytest.mark.parametrize("causal", [True, False])
+def test_flex_knows_which_blocks_are_seen(causal):
+    for lengths, parents in PACKS:
+        cu_seqlens = torch.tensor([0, *lengths]).cumsum(0).int()
+        parents = None if parents is None or not causal else torch.tensor(parents)
+        mask = packed_sequences(cu_seqlens, parents).flex(causal)
+        size = mask.seq_lengths[0]
+        assert size == -(-sum(lengths) // flex.BLOCK) * flex.BLOCK
+        dense = create_mask(mask.mask_mod, None, None, size, size, "cpu")[0, 0]
+        blocks = dense.view(size // flex.BLOCK, flex.BLOCK, -1, flex.BLOCK)
+        sparse = [
+            {(row, column) for row in range(len(number)) for column in order[row, : number[row]].tolist()}
+            for number, order in (
+                (mask.kv_num_blocks[0, 0], mask.kv_indices[0, 0]),
+                (mask.full_kv_num_blocks[0, 0], mask.full_kv_indices[0, 0]),
+            )
+        ]
+        parts, wholes = sparse
+        assert not parts & wholes
+        assert parts | wholes == {tuple(pair) for pair in blocks.any(3).any(1).nonzero().tolist()}
+        assert wholes <= {tuple(pair) for pair in blocks.all(3).all(1).nonzero().tolist()}
+        assert wholes or size < 3 * flex.BLOCK or max(lengths) < 2 * flex.BLOCK
+
+
+def test_flex_is_compiled_for_all_packs_at_once(monkeypatch):
+    counter = CompileCounter()
+    compiled = torch.compile(flex_attention, dynamic=True, backend=counter)
+    monkeypatch.setattr(flex, "_kernel", lambda: compiled)
+    for lengths, parents in PACKS:
+        torch.manual_seed(0)
+        cu_seqlens = torch.tensor([0, *lengths]).cumsum(0).int()
+        packed = packed_sequences(cu_seqlens, None if parents is None else torch.tensor(parents))
+        query, key, value = (torch.randn(sum(lengths), heads, 16) for heads in (6, 2, 2))
+        expected = sdpa_packed(query, key, value, packed.whole, scale=0.3, causal=True)
+        torch.testing.assert_close(flex_packed(query, key, value, packed.flex(True), scale=0.3), expected)
+    assert counter.frame_count <= 2
+
+
+@pytest.mark.parametrize("parents", [None, [-1, 0, 0]])
+def test_packs_are_planned_on_the_host(parents):
+    """A tensor on the meta device has no numbers to read."""
+    cu_seqlens, device = torch.tensor([0, 5, 8, 12]).int(), torch.device("meta")
+    packed = packed_sequences(cu_seqlens, None if parents is None else torch.tensor(parents), device=device)
+    assert packed.cu_seqlens_q.device == packed.places.device == packed.order.device == device
+    assert packed.cu_seqlens_q_padded.tolist() == [0, 12]  # mcore's own rotation asks for its numbers in every layer
+    assert {bucket.rows.device for bucket in packed.whole.buckets} == {device}
+    assert packed.flex(True).kv_indices.device == device
+    fused = packed_sequences(cu_seqlens, device=device, fused_rope=True)
+    assert fused.cu_seqlens_q_padded.device == fused.cu_seqlens_kv_padded.device == device

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from megatron.core.models.gpt import GPTModel
+from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.tensor_parallel import copy_to_tensor_model_parallel_region, gather_from_sequence_parallel_region
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
 from megatron.core.transformer.transformer_config import TransformerConfig
@@ -12,6 +13,7 @@ from megatron.core.transformer.transformer_layer import TransformerLayer
 from torch import Tensor
 from transformers import PretrainedConfig
 
+from megarl.models.common.experts import dispatch_locally
 from megarl.models.common.rotary import Rotary
 from megarl.models.mapping import padded_vocab_size
 
@@ -22,6 +24,11 @@ class DecoderLayer(TransformerLayer):
     ``context``: [T, 1, n H], what this layer and the n - 1 behind it add to their outputs, one after the other; zero at
     words. Under that name mcore hands it from layer to layer, through activation recomputation too.
     """
+
+    def __init__(self, *args: Any, pg_collection: ProcessGroupCollection | None = None, **kwargs: Any) -> None:
+        super().__init__(*args, pg_collection=pg_collection, **kwargs)
+        if self.is_moe_layer:
+            dispatch_locally(self.mlp, pg_collection)
 
     def forward(
         self, hidden_states: Tensor, *args: Any, context: Tensor | None = None, **kwargs: Any

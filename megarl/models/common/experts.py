@@ -1,5 +1,8 @@
 """The experts of a decoder layer: Megatron-Core's router and dispatcher, and matrices in the shape of the checkpoints.
 
+mcore's dispatcher has the host wait for the device four times a layer. Where every expert is on this rank it need not:
+the numbers that it reads then only say how to cut tensors that stay where they are.
+
 Shapes: E experts of a rank, N tokens that came to them in order of expert, H hidden, I of an expert's inside.
 """
 
@@ -16,9 +19,12 @@ from megatron.core.tensor_parallel.random import get_cuda_rng_tracker, get_exper
 from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.moe.moe_layer import MoELayer, MoESubmodules
 from megatron.core.transformer.moe.router import TopKRouter
+from megatron.core.transformer.moe.token_dispatcher import MoEAlltoAllTokenDispatcher
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor, nn
+
+from megarl.kernels.grouped import grouped_product
 
 # fields of TransformerConfig that choose among mcore's own experts, and the value that says what these are
 FIXED = {
@@ -69,14 +75,9 @@ class Experts(MegatronModule):
 
     def forward(self, tokens: Tensor, tokens_per_expert: Tensor, probs: Tensor) -> tuple[Tensor, None]:
         """[N, H] -> [N, H], each token's output times its ``probs`` [N]; tokens_per_expert: [E] int64."""
-        counts = tokens_per_expert.tolist()
-        outputs = []
-        # unbound once: the gradient of an indexed expert would be as large as that of all
-        weights = zip(self.weight1.unbind(), self.weight2.unbind(), strict=True)
-        for (first, second), x, prob in zip(weights, tokens.split(counts), probs.split(counts), strict=True):
-            gate, up = (x @ first).chunk(2, dim=-1)
-            outputs.append((self.config.activation_func(gate) * up * prob[:, None]).to(x.dtype) @ second)
-        return torch.cat(outputs), None
+        gate, up = grouped_product(tokens, self.weight1, tokens_per_expert).chunk(2, dim=-1)
+        inside = (self.config.activation_func(gate) * up * probs[:, None]).to(tokens.dtype)
+        return grouped_product(inside, self.weight2, tokens_per_expert), None
 
     def sharded_state_dict(self, prefix: str = "", sharded_offsets: tuple = (), metadata: dict | None = None) -> dict:
         """The parameters as parts of those of all experts; called by mcore's checkpointing."""
@@ -92,6 +93,54 @@ class Experts(MegatronModule):
             )
             for name, parameter in self.named_parameters()
         }
+
+
+class Dispatcher(MoEAlltoAllTokenDispatcher):
+    """mcore's dispatcher; with all experts on this rank it sorts the tokens, and the host reads nothing.
+
+    Spread over ranks it is mcore's own: an all-to-all asks the host how much goes where, so it waits once a layer.
+    """
+
+    @property
+    def _is_local(self) -> bool:
+        c = self.config
+        dropless = c.moe_expert_capacity_factor is None and not c.moe_router_padding_for_quantization
+        return self.ep_size * self.tp_size == 1 and dropless and not c.moe_permute_fusion
+
+    def dispatch_preprocess(self, hidden_states: Tensor, routing_map: Tensor, probs: Tensor) -> tuple[Tensor, Tensor]:
+        """The chosen tokens [N, H] in order of expert, and their probs [N]; routing_map: [T, experts] bool."""
+        if not self._is_local or self.shared_experts is not None:
+            return super().dispatch_preprocess(hidden_states, routing_map, probs)
+        self.hidden_shape = hidden_states.shape
+        tokens = hidden_states.view(-1, self.hidden_shape[-1])
+        self.hidden_shape_before_permute = tokens.shape
+        self.probs, self.routing_map = probs, routing_map
+        self.tokens_per_expert = routing_map.sum(0)
+        # the router chooses as many experts for every token: how many places there are is known
+        number = len(tokens) * self.config.moe_router_topk
+        places = routing_map.T.flatten().to(torch.int8).argsort(descending=True, stable=True)[:number]
+        self.reversed_local_input_permutation_mapping = places % len(tokens)
+        chosen = tokens.index_select(0, self.reversed_local_input_permutation_mapping)
+        return chosen, probs.T.flatten().index_select(0, places)
+
+    def dispatch_postprocess(self, tokens: Tensor, probs: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """The tokens in order of expert, how many there are of each, and their probs."""
+        if not self._is_local or self.shared_experts is not None:
+            return super().dispatch_postprocess(tokens, probs)
+        return tokens, self.tokens_per_expert, probs
+
+    def combine_preprocess(self, hidden_states: Tensor) -> Tensor:
+        """The experts' outputs as they are to be sent home."""
+        if not self._is_local or self.shared_experts is not None:
+            return super().combine_preprocess(hidden_states)
+        return hidden_states
+
+
+def dispatch_locally(layer: MoELayer, pg_collection: ProcessGroupCollection | None) -> None:
+    """Give ``layer`` the ``Dispatcher``; mcore hands its groups to a layer of its own class only."""
+    layer.token_dispatcher = Dispatcher(
+        layer.num_local_experts, layer.local_expert_indices, config=layer.config, pg_collection=pg_collection
+    )
 
 
 def experts_spec(config: TransformerConfig) -> ModuleSpec:

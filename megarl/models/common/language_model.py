@@ -22,6 +22,7 @@ from megarl.models.common.language import decoder_config, sparse_layers
 from megarl.models.common.specs import block_spec, layer_spec, sparse_spec, unfused_name
 from megarl.models.common.vision import VisionInputs
 from megarl.parallel.attention import packed_sequences
+from megarl.utils.transfer import send
 
 
 class LanguageModel(MegatronModule):
@@ -75,15 +76,19 @@ class LanguageModel(MegatronModule):
 
         They are of this context-parallel rank's tokens, see ``context.local_positions``. tokens: [1, T] int64;
         position_ids: [3, 1, T], or [1, 1, T] where the model knows one axis; cu_seqlens: [S + 1] int32 from 0 to T.
+        Of these only position_ids are on the device: what is read to plan the pass is on the host.
         Under context parallelism every sequence is a multiple of 2 cp long, and T / cp a multiple of the
         tensor-parallel size under sequence parallelism. vision: read by the first stage only; None without images.
         parents: [S] int32, the sequence that each continues, or -1; None: no sequence continues another. Every rank of
         the model-parallel group calls it with the same.
         """
-        packed = packed_sequences(cu_seqlens, parents, cp_group=self.cp_group)
+        device = position_ids.device
+        packed = packed_sequences(
+            cu_seqlens, parents, device=device, cp_group=self.cp_group, fused_rope=self.config.apply_rope_fusion
+        )
         embeddings = features = None
         if self.pre_process:
-            embeddings = self.embed(tokens, vision, packed.here)
+            embeddings = self.embed(tokens.cpu(), vision, packed.here)
             if self.config.sequence_parallel:
                 embeddings = scatter_to_sequence_parallel_region(embeddings)
             hidden_size = self.config.hidden_size
@@ -91,7 +96,7 @@ class LanguageModel(MegatronModule):
                 embeddings, features = embeddings[..., :hidden_size], embeddings[..., hidden_size:]
         hidden = self.language_model(
             None,
-            position_ids[..., packed.here],
+            position_ids if packed.size == 1 else position_ids[..., send(packed.here, device)],
             None,
             decoder_input=embeddings,
             extra_block_kwargs=None if features is None else {"context": features},
@@ -100,13 +105,15 @@ class LanguageModel(MegatronModule):
         return hidden[:, 0] if self.post_process else hidden
 
     def embed(self, tokens: Tensor, vision: VisionInputs | None, here: Tensor) -> Tensor:
-        """The decoder's input [T / cp, 1, H]; here: [T / cp] int64, places of this rank's tokens.
+        """The decoder's input [T / cp, 1, H]; here: [T / cp] int64, places of this rank's tokens. Both on the host.
 
         Or [T / cp, 1, (1 + n) H]: behind it what the first n layers add to their outputs.
         """
         if vision is not None:
             raise ValueError("a model without a vision tower cannot be shown images")
-        return self.language_model.embedding(input_ids=tokens[:, here], position_ids=None)
+        words = self.language_model.embedding
+        device = words.word_embeddings.weight.device
+        return words(input_ids=send(tokens[:, here], device), position_ids=None)
 
     def output_weight(self) -> Tensor:
         """This rank's rows [V_local, H] of the output matrix, padding included; only on the last stage."""

@@ -26,7 +26,7 @@ class VisionInputs:
     """Distinct images and videos to encode, possibly none, as a vision tower takes them; and what a microbatch shows.
 
     Without an exchange it shows what is encoded here. With one, every rank of ``group`` encodes some images, and R of
-    all of them arrive here.
+    all of them arrive here. Only the pixels are on the device: what a pass is planned by is on the host.
     """
 
     pixel_values: Tensor  # [P, E] patches, one image after the other
@@ -53,19 +53,18 @@ class VisionInputs:
         ).split(self.exchange.lengths.tolist() or [0])
 
     def to(self, device: torch.device) -> VisionInputs:
-        """The same on ``device``."""
-        tensors = ["pixel_values", "grids", "sizes", "index"] + (["videos"] if self.videos is not None else [])
-        return replace(self, **{name: getattr(self, name).to(device) for name in tensors})
+        """The same with its pixels on ``device``."""
+        return replace(self, pixel_values=self.pixel_values.to(device))
 
 
 def patch_positions(grids: Tensor, merge: int) -> Tensor:
-    """Row and column of each patch: [P, 2] int64."""
+    """Row and column of each patch: [P, 2] int64. It and what else is made of grids is on the host."""
     positions = []
     for t, h, w in grids.tolist():
         rows, columns = torch.meshgrid(torch.arange(h), torch.arange(w), indexing="ij")
         grid = torch.stack([rows, columns], -1).view(h // merge, merge, w // merge, merge, 2).transpose(1, 2)
         positions.append(grid.reshape(1, h * w, 2).expand(t, -1, -1).reshape(-1, 2))
-    return torch.cat(positions).to(grids.device)
+    return torch.cat(positions)
 
 
 def rotary_2d(positions: Tensor, channels: int, theta: float = 10000.0) -> Tensor:
@@ -84,7 +83,7 @@ def interpolated_positions(grids: Tensor, merge: int, side: int) -> tuple[Tensor
     spans = []
     for (_, h, w), grid in zip(grids.tolist(), grids, strict=True):
         rows, columns = patch_positions(grid[None], merge).T
-        axes = (torch.linspace(0, side - 1, size, device=grids.device) for size in (h, w))
+        axes = (torch.linspace(0, side - 1, size) for size in (h, w))
         spans.append(torch.stack([axis[at] for axis, at in zip(axes, (rows, columns), strict=True)]))
     coordinates = torch.cat(spans, dim=1)  # [2, P]
     low = coordinates.long()
@@ -119,7 +118,7 @@ def windows(grids: Tensor, merge: int, window: int) -> tuple[Tensor, Tensor]:
                     order.append(tile.flatten())
                     lengths.append(tile.numel())
     boundaries = F.pad(torch.tensor(lengths).cumsum(0) * merge**2, (1, 0)).int()
-    return torch.cat(order).to(grids.device), boundaries.to(grids.device)
+    return torch.cat(order), boundaries
 
 
 @dataclass

@@ -16,6 +16,7 @@ from transformers import PretrainedConfig
 from megarl.config import ModelConfig, ParallelConfig
 from megarl.models.common.language_model import LanguageModel
 from megarl.models.common.vision import VisionInputs
+from megarl.utils.transfer import send
 
 
 class VisionLanguageModel(LanguageModel):
@@ -58,9 +59,12 @@ class VisionLanguageModel(LanguageModel):
         if len(images) != int(places.sum()):
             raise ValueError(f"images give {len(images)} tokens and the text has places for {int(places.sum())}")
         shown = places.cumsum(0) - 1  # which token of the images stands at a place
-        images, places = images[shown[here][places[here]]], places[here]
+        rows = places[here].nonzero()[:, 0]
+        if len(rows) < len(images):
+            images = images.index_select(0, send(shown[here[rows]], images.device))
         embeddings = F.pad(embeddings[:, 0], (0, images.shape[1] - embeddings.shape[-1]))
-        return embeddings.masked_scatter(places[:, None], images)[:, None]
+        # not by a mask: its gradient would ask the device how many rows it has
+        return embeddings.index_copy(0, send(rows, images.device), images)[:, None]
 
     def images(self, vision: VisionInputs | None) -> Tensor:
         """The tokens [n, H] of the images that the microbatch shows, in the order of their places; see ``encode``.

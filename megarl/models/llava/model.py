@@ -58,7 +58,7 @@ class LlavaModel(VisionLanguageModel):
         weight = self.vision_model.patch_embed.weight
         return VisionInputs(
             pixel_values=weight.new_zeros(self.side**2, self.vision_model.patch_size),
-            grids=torch.tensor([[1, self.side, self.side]], device=weight.device),
+            grids=torch.tensor([[1, self.side, self.side]]),
             sizes=torch.full((1, 2), self.tile_size),
             index=torch.zeros(0, dtype=torch.int64),
         )

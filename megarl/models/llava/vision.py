@@ -54,8 +54,8 @@ class FeatureBlock(TransformerBlock):
     """A transformer block that returns what its layers ``chosen`` put out (0: what went in)."""
 
     def forward(self, hidden: Tensor, sequences: Tensor, chosen: Collection[int]) -> dict[int, Tensor]:
-        """hidden [T, 1, h] in ``sequences`` ([S + 1] int32 boundaries)."""
-        packed = packed_sequences(sequences)
+        """hidden [T, 1, h] in ``sequences`` ([S + 1] int32 boundaries, on the host)."""
+        packed = packed_sequences(sequences, device=hidden.device)
 
         def run(layer: nn.Module, hidden: Tensor) -> Tensor:
             return layer(hidden_states=hidden, attention_mask=None, packed_seq_params=packed)[0]
@@ -119,7 +119,7 @@ class VisionModel(MegatronModule):
         if self.pre_norm is not None:
             hidden = self.pre_norm(hidden)
         count, length = hidden.shape[:2]
-        sequences = torch.arange(0, (count + 1) * length, length, dtype=torch.int32, device=hidden.device)
+        sequences = torch.arange(0, (count + 1) * length, length, dtype=torch.int32)
         features = self.blocks(hidden.flatten(0, 1)[:, None], sequences, self.layers)
         taken = torch.cat([features[i] for i in self.layers], -1).view(count, length, -1)
         return taken[:, 1:] if self.skips_first else taken

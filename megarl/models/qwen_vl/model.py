@@ -7,6 +7,7 @@ decoder, K layers of the tower that the decoder sees beside its last one (DeepSt
 
 from __future__ import annotations
 
+from functools import partial
 from typing import ClassVar
 
 import torch
@@ -36,6 +37,7 @@ from megarl.models.common.vlm import VisionLanguageModel
 from megarl.models.qwen_vl.config import NORM_EPS, Tower, projector_config, tower, vision_config
 from megarl.parallel.attention import packed_sequences
 from megarl.parallel.groups import unpipelined
+from megarl.utils.transfer import send
 
 
 class VisionModel(MegatronModule):
@@ -61,19 +63,27 @@ class VisionModel(MegatronModule):
         )
 
     def forward(self, pixel_values: Tensor, grids: Tensor) -> tuple[Tensor, Tensor | None]:
-        """Features [P, (1 + K) hidden], and their order where it is not that of the pixels: [P / merge^2] int64."""
-        vision = self.vision
+        """Features [P, (1 + K) hidden], and their order where it is not that of the pixels: [P / merge^2] int64.
+
+        ``grids`` and the order are on the host.
+        """
+        vision, grids, device = self.vision, grids.cpu(), pixel_values.device
         hidden = self.patch_embed(pixel_values.to(self.patch_embed.weight.dtype))
         if vision.positions:
-            indices, weights = interpolated_positions(grids, vision.merge, vision.positions)
+            indices, weights = (send(x, device) for x in interpolated_positions(grids, vision.merge, vision.positions))
             hidden = hidden + (self.positions(indices) * weights[..., None]).sum(0).to(hidden.dtype)
-        cut = packed_sequences(frame_boundaries(grids))
+        sequences = partial(packed_sequences, device=device, fused_rope=self.config.apply_rope_fusion)
+        cut = sequences(frame_boundaries(grids))
         places, order = patch_positions(grids, vision.merge), None
         if vision.window:
             order, boundaries = windows(grids, vision.merge, vision.window)
-            hidden, places = (x.unflatten(0, (-1, vision.merge**2))[order].flatten(0, 1) for x in (hidden, places))
-            cut = WindowedSequences(images=cut, windows=packed_sequences(boundaries))
-        rotary = rotary_2d(places, self.config.kv_channels)
+
+            def by_window(x: Tensor) -> Tensor:
+                return x.unflatten(0, (-1, vision.merge**2))[send(order, x.device)].flatten(0, 1)
+
+            hidden, places = by_window(hidden), by_window(places)
+            cut = WindowedSequences(images=cut, windows=sequences(boundaries))
+        rotary = rotary_2d(send(places, device), self.config.kv_channels)
         return self.blocks(hidden[:, None], None, rotary_pos_emb=rotary, packed_seq_params=cut)[:, 0], order
 
 
@@ -125,7 +135,7 @@ class QwenVLModel(VisionLanguageModel):
         features, order = self.vision_model(vision.pixel_values, vision.grids)
         tokens = self.vision_projection(features)
         if order is not None:
-            tokens = tokens[order.argsort()]
+            tokens = tokens[send(order.argsort(), tokens.device)]
         return list(tokens.split((vision.grids.prod(1) // self.vision_model.vision.merge**2).tolist()))
 
     def blank(self) -> VisionInputs:
@@ -133,7 +143,7 @@ class QwenVLModel(VisionLanguageModel):
         weight = self.vision_model.patch_embed.weight
         return VisionInputs(
             pixel_values=weight.new_zeros(vision.merge**2, vision.patch_size),
-            grids=torch.tensor([[1, vision.merge, vision.merge]], device=weight.device),
+            grids=torch.tensor([[1, vision.merge, vision.merge]]),
             sizes=torch.zeros(1, 2, dtype=torch.int64),
             index=torch.zeros(0, dtype=torch.int64),
         )
