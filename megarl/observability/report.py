@@ -94,7 +94,7 @@ PANELS = [
         "share",
     ),
     Panel("Imitation", {"expert/nll": "cross entropy of experts' actions"}, "nats a token", smoothed=True),
-    Panel("Throughput", {"perf/throughput": "tokens a second"}, smoothed=True),
+    Panel("Throughput", {"perf/throughput": "tokens a second and rank"}, smoothed=True),
 ]
 
 

@@ -289,6 +289,9 @@ class Run:
         metrics = metrics | self.seconds
         metrics["training/global_step"] = step
         metrics["perf/cpu_memory_used_gb"] = psutil.virtual_memory().used / 1e9
+        tokens, seconds = metrics.get("perf/total_num_tokens"), metrics.get("timing_s/step")
+        if tokens and seconds:
+            metrics["perf/throughput"] = tokens / seconds / self.config.world_size
         self.seconds.clear()
         self.tracker.log(step, metrics)
         self.console.update(step, metrics)

@@ -85,5 +85,5 @@ class Critic:
     def _loss(self, m: MicroBatch, hidden: Tensor) -> Outputs:
         """The sum over the actions, which the schedule divides by their number; every action weighs the same."""
         loss, metrics = value_losses(self.model, m, hidden, self.config.critic.clip)
-        count = torch.tensor(len(m.rows), dtype=torch.int, device=hidden.device)
+        count = torch.full((), len(m.rows), dtype=torch.int, device=hidden.device)
         return loss.sum(), count, (0, {name: value.sum() for name, value in metrics.items()}, {})

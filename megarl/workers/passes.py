@@ -39,12 +39,18 @@ class Totals:
 
     def add(self, outputs: list[tuple[int, dict[str, Tensor], dict[str, Tensor]]]) -> None:
         """Take in the (count, sums, maxima) of microbatches."""
+        numbers = _read([value for _, *named in outputs for values in named for value in values.values()])
         for count, sums, maxima in outputs:
             self.count += count
-            for name, value in sums.items():
-                self.sums[name] = self.sums.get(name, 0.0) + float(value)
-            for name, value in maxima.items():
-                self.maxima[name] = max(self.maxima.get(name, 0.0), float(value))
+            for name in sums:
+                self.sums[name] = self.sums.get(name, 0.0) + next(numbers)
+            for name in maxima:
+                self.maxima[name] = max(self.maxima.get(name, 0.0), next(numbers))
+
+
+def _read(scalars: list[Tensor]) -> Iterator[float]:
+    """The numbers of ``scalars``, in one copy to the host."""
+    return iter(torch.stack([scalar.double() for scalar in scalars]).tolist() if scalars else [])
 
 
 @dataclass

@@ -50,6 +50,7 @@ from megarl.workers.offload import Offload
 from megarl.workers.passes import Outputs, Totals, keep, run, speaks, whole
 from megarl.workers.selection import mark_selected
 from megarl.workers.sender import Listener, WeightSender
+from megarl.workers.utilisation import device_metrics, microbatch_flops
 
 mcore_cpu.install()
 
@@ -204,6 +205,8 @@ class PolicyWorker:
             for _ in range(self.config.algorithm.num_epochs):
                 for minibatch in self.microbatches:
                     (self._look if frozen else self._update)(minibatch, totals)
+        if self.device.type == "cuda":
+            totals.values |= device_metrics(0.0 if frozen else self._flops(), self.seconds["update_actor"])
         self.microbatches = []
         for offload in self._offloads():
             if offload.restored:
@@ -212,6 +215,13 @@ class PolicyWorker:
                 offload.seconds, offload.restored = 0.0, 0
         totals.seconds, self.seconds = dict(self.seconds), defaultdict(float)
         return totals if speaks() else None
+
+    def _flops(self) -> float:
+        """Of the step's optimizer updates, on this rank."""
+        chunks, cp_size = chunks_of(self.model), self.config.parallel.context_parallel_size
+        flat = [m for minibatch in self.microbatches for m in minibatch]
+        once = sum(microbatch_flops(chunks, m, cp_size=cp_size) for m in flat)
+        return once * self.config.algorithm.num_epochs
 
     def logprobs(self, batches: list[PackedBatch], temperature: float, ban: bool) -> list[np.ndarray] | None:
         """Log-probs [N] of the actions of each bin, or None where they are not computed; ``ban`` as in sampling."""
@@ -321,7 +331,7 @@ class PolicyWorker:
         sums = {name: value.sum() for name, value in metrics.items()}
         largest = {"training/rollout_probs_diff_max": metrics.get("training/rollout_probs_diff_mean")}
         maxima = {name: value.max() for name, value in largest.items() if value is not None and len(value)}
-        count = torch.tensor(len(m.rows), dtype=torch.int, device=self.device)
+        count = torch.full((), len(m.rows), dtype=torch.int, device=self.device)
         return total, count, (len(m.rows), sums, maxima)
 
     def release(self, parts: list[str]) -> int:
@@ -452,9 +462,11 @@ class PolicyWorker:
 
     @contextmanager
     def timer(self, phase: str) -> Iterator[None]:
-        """Add the seconds that the block takes to ``phase``."""
+        """Add the seconds that the block takes to ``phase``, and what it left to the device."""
         start = time.perf_counter()
         yield
+        if self.device.type == "cuda":
+            torch.cuda.synchronize()  # or the next phase would pay for this one
         self.seconds[phase] += time.perf_counter() - start
 
 

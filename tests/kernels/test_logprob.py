@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from megarl.config import ParallelConfig
+from megarl.kernels import logprob
 from megarl.kernels.logprob import linear_logprob, linear_logprob_naive
 from megarl.parallel import groups
 
@@ -139,3 +141,39 @@ def test_two_shards_of_the_vocabulary(pool, options, num_rows):
         torch.testing.assert_close(ours[4], likeliest)
     torch.testing.assert_close(first[2] + second[2], grad_hidden)
     torch.testing.assert_close(torch.cat([first[3], second[3]]), grad_weight)
+
+
+class Allocations(TorchDispatchMode):
+    """The bytes of tensors of at least ``least`` bytes that operations give new storage, in order."""
+
+    def __init__(self, least: int) -> None:
+        super().__init__()
+        self.least, self.made = least, []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        known = {t.untyped_storage().data_ptr() for t in (*args, *(kwargs or {}).values()) if torch.is_tensor(t)}
+        output = func(*args, **(kwargs or {}))
+        for tensor in output if isinstance(output, tuple | list) else [output]:
+            if torch.is_tensor(tensor) and tensor.untyped_storage().data_ptr() not in known:
+                size = tensor.untyped_storage().nbytes()
+                self.made += [size] if size >= self.least else []
+        return output
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_pass_makes_two_buffers_and_the_gradients_and_nothing_else_of_size(dtype, monkeypatch):
+    rows, vocab, hidden_size = 96, 2048, 64
+    monkeypatch.setitem(logprob.CHUNK_BYTES, "cpu", 32 * vocab * 4)  # three chunks
+    hidden = torch.randn(rows, hidden_size, dtype=dtype, requires_grad=True)
+    weight = torch.randn(vocab, hidden_size, dtype=dtype, requires_grad=True)
+    targets = torch.randint(0, vocab, (rows,))
+    buffers, matrix = 2 * 32 * vocab * 4, vocab * hidden_size * 4
+    # a CPU multiplies in float32 only: the weight is converted once a pass
+    converted = [] if dtype == torch.float32 else [matrix]
+    rounded = [] if dtype == torch.float32 else [matrix // 2]
+    with Allocations(matrix // 2) as forward:
+        logprobs, entropy, _ = linear_logprob(hidden, weight, targets, vocab_size=vocab - 8, temperature=0.7)
+    assert sorted(forward.made) == sorted([buffers, *converted])
+    with Allocations(matrix // 2) as backward:
+        torch.autograd.grad((logprobs + 0.1 * entropy).sum(), (hidden, weight))
+    assert sorted(backward.made) == sorted([buffers, matrix, *converted, *rounded])
