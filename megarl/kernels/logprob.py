@@ -19,9 +19,10 @@ from torch.autograd.function import FunctionCtx
 
 from megarl.utils.transfer import send
 
-# Bytes of a chunk's logits. A CPU is fastest where they nearly stay in its caches. A GPU reads and writes the float32
-# gradient of the whole weight once a chunk: a chunk has to be worth it.
-CHUNK_BYTES = {"cpu": 64 << 20, "cuda": 512 << 20}
+# Bytes of a chunk's logits, and rows beyond which a larger chunk gains nothing. A CPU is fastest where the logits nearly
+# stay in its caches. A GPU reads and writes the float32 gradient of the whole weight once a chunk, which on an H100
+# costs 260 / rows of what the chunk's products do.
+CHUNK_BYTES, CHUNK_ROWS = {"cpu": 64 << 20, "cuda": 512 << 20}, 2048
 
 
 def linear_logprob(
@@ -40,7 +41,7 @@ def linear_logprob(
 
     hidden: [N, H]; weight: [V_local, H], this rank's rows; targets: [N] int64. The softmax runs over tokens below
     ``vocab_size`` (rows of ``weight`` beyond are padding) that are not in ``banned_ids``; a banned target has log-prob
-    -inf and a finite gradient. ``chunk_size``: rows of a chunk; None: as many as ``CHUNK_BYTES`` hold. Every rank of
+    -inf and a finite gradient. ``chunk_size``: rows of a chunk; None: as ``CHUNK_BYTES`` and ``CHUNK_ROWS`` say. Every rank of
     ``tp_group`` calls it with the same N, forward and backward. The gradient of ``hidden`` is this rank's part of a
     sum over ``tp_group``, which the caller's copy or gather region forms.
     """
@@ -178,7 +179,8 @@ class _LinearLogprob(torch.autograd.Function):
 def _plan(hidden: Tensor, weight: Tensor, chunk_size: int | None, dtype: torch.dtype) -> tuple[list[slice], Tensor]:
     """Which rows go together, and two buffers [2, n, V_local] for the most of them."""
     length, width = len(hidden), len(weight)
-    size = chunk_size or max(1, CHUNK_BYTES[hidden.device.type] // (width * dtype.itemsize))
+    fitting = CHUNK_BYTES[hidden.device.type] // (width * dtype.itemsize)
+    size = chunk_size or min(max(1, fitting), CHUNK_ROWS)
     slices = [slice(start, min(start + size, length)) for start in range(0, length, size)]
     return slices, hidden.new_empty(2, min(size, length), width, dtype=dtype)
 
