@@ -19,9 +19,9 @@ from torch.autograd.function import FunctionCtx
 
 from megarl.utils.transfer import send
 
-# Bytes of a chunk's logits, and rows beyond which a larger chunk gains nothing. A CPU is fastest where the logits nearly
-# stay in its caches. A GPU reads and writes the float32 gradient of the whole weight once a chunk, which on an H100
-# costs 260 / rows of what the chunk's products do.
+# Bytes of a chunk's logits, and rows beyond which a larger chunk gains little. A CPU is fastest where they nearly
+# stay in its caches. A GPU reads and writes the float32 gradient of the whole weight once a chunk: by arithmetic on an
+# H100 that takes 260 / rows of the time of the chunk's products.
 CHUNK_BYTES, CHUNK_ROWS = {"cpu": 64 << 20, "cuda": 512 << 20}, 2048
 
 
@@ -41,9 +41,9 @@ def linear_logprob(
 
     hidden: [N, H]; weight: [V_local, H], this rank's rows; targets: [N] int64. The softmax runs over tokens below
     ``vocab_size`` (rows of ``weight`` beyond are padding) that are not in ``banned_ids``; a banned target has log-prob
-    -inf and a finite gradient. ``chunk_size``: rows of a chunk; None: as ``CHUNK_BYTES`` and ``CHUNK_ROWS`` say. Every rank of
-    ``tp_group`` calls it with the same N, forward and backward. The gradient of ``hidden`` is this rank's part of a
-    sum over ``tp_group``, which the caller's copy or gather region forms.
+    -inf and a finite gradient. ``chunk_size``: rows of a chunk; None: as ``CHUNK_BYTES`` and ``CHUNK_ROWS`` say. Every
+    rank of ``tp_group`` calls it with the same N, forward and backward. The gradient of ``hidden`` is this rank's part
+    of a sum over ``tp_group``, which the caller's copy or gather region forms.
     """
     return _LinearLogprob.apply(
         hidden, weight, targets, vocab_size, temperature, tuple(banned_ids), tp_group, chunk_size
