@@ -26,15 +26,18 @@ class Result:
     checksums: dict[str, str] = field(default_factory=dict)  # of the exported tensors, before the step
     restored: bool = False  # after release and restore every parameter had its bits
     freed: int = 0  # bytes that release gave
+    allocated: list[int] = field(default_factory=list)  # bytes of CUDA memory before and after release; [] on a CPU
     loaded: bool = False  # a loaded checkpoint brought back the bits of the parameters
     misplaced: list[str] = field(default_factory=list)  # tensors of the model and optimizer that are on no device
     waits: dict[str, int] = field(default_factory=dict)  # of the host for the device, in one pass
 
 
-def run_all(path: str, overrides: list[str], directory: str, world_size: int, waits: Callable[[], int]) -> dict:
+def run_all(
+    path: str, overrides: list[str], directory: str, world_size: int, waits: Callable[[], int] | None
+) -> dict[str, Any]:
     """On a rank whose world is joined: do everything with the model of ``path``, write below ``directory``.
 
-    ``waits``: how often the host has waited for the device so far.
+    ``waits``: how often the host has waited for the device so far; None: nobody counts.
     """
     from megarl.algorithms.presets import PRESETS
     from megarl.config import ParallelConfig
@@ -47,7 +50,8 @@ def run_all(path: str, overrides: list[str], directory: str, world_size: int, wa
     minibatches = minibatches_of(config, worker)
     result.checksums = _exported(worker)
     _step(worker, minibatches, result)
-    _waits_of_a_pass(worker, minibatches[0], result, waits)
+    if waits is not None:
+        _waits_of_a_pass(worker, minibatches[0], result, waits)
     totals = worker.validate(minibatches[0])
     result.validated = totals.sums if totals is not None else {}
     _lend(worker, result)
@@ -56,6 +60,11 @@ def run_all(path: str, overrides: list[str], directory: str, world_size: int, wa
     _save_and_load(worker, minibatches, directory, result)
     result.misplaced = _misplaced(worker)
     return asdict(result)
+
+
+def run_all_alone(path: str, overrides: list[str], directory: str) -> dict[str, Any]:
+    """``run_all`` on the only rank of its world."""
+    return run_all(path, overrides, directory, 1, None)
 
 
 def _step(worker: Any, minibatches: list, result: Result) -> None:
@@ -78,10 +87,17 @@ def _waits_of_a_pass(worker: Any, batches: list, result: Result, waits: Callable
 
 
 def _lend(worker: Any, result: Result) -> None:
-    before = _bits(worker)
+    before, allocated = _bits(worker), _allocated(worker)
     result.freed = worker.release(PARTS)
+    result.allocated = allocated + _allocated(worker)
     worker.offload.restore(*PARTS)
     result.restored = _bits(worker) == before
+
+
+def _allocated(worker: Any) -> list[int]:
+    import torch  # not above: a pretended device must be there before it
+
+    return [torch.cuda.memory_allocated()] if worker.device.type == "cuda" else []
 
 
 def _save_and_load(worker: Any, minibatches: list, directory: str, result: Result) -> None:

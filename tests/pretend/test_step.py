@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 from safetensors.torch import load_file
 
 import examples.tiny_models as tiny
@@ -70,17 +69,13 @@ def transformer_engine(models: Path, runs: Path) -> dict[str, dict]:
     return results
 
 
-def on_cpu(path: str, overrides: list[str], directory: str) -> dict:
-    """On a rank of the pool: the same calls without pretending."""
-    return step.run_all(path, overrides, directory, 1, lambda: 0)
-
-
 def check(result: dict, *, max_waits: int | None = MAX_WAITS) -> None:
     """What holds for every family, specification and layout."""
     assert "error" not in result, result["error"]
     assert result["device"] == "cuda"
     assert result["misplaced"] == []
-    assert result["freed"] > 0
+    before, lent = result["allocated"]
+    assert before - lent == result["freed"] > 0
     assert result["restored"]
     assert result["loaded"]
     if max_waits is not None:
@@ -92,7 +87,7 @@ def test_float32_equals_the_cpu(family: str, models: Path, runs: Path, float32: 
     result = float32[family]
     check(result, max_waits=None)  # the float32 path is not the one that GPUs take
     with tempfile.TemporaryDirectory() as directory:
-        (expected,) = pool.run(on_cpu, 1, str(models / family), OVERRIDES, directory)
+        (expected,) = pool.run(step.run_all_alone, 1, str(models / family), OVERRIDES, directory)
         written = load_file(Path(directory) / "hf" / "model.safetensors")
     assert result["checksums"] == expected["checksums"]
     assert result["grad_norm"] == pytest.approx(expected["grad_norm"], rel=1e-5)
@@ -103,7 +98,8 @@ def test_float32_equals_the_cpu(family: str, models: Path, runs: Path, float32: 
     trained = load_file(runs / "float32" / family / "hf" / "model.safetensors")
     assert set(trained) == set(written)
     for name, tensor in trained.items():
-        torch.testing.assert_close(tensor, written[name], rtol=1e-4, atol=1e-5, msg=lambda m, name=name: f"{name}: {m}")
+        # a tenth of the learning rate: where a gradient is next to nothing, Adam's first steps amplify its rounding
+        assert float((tensor - written[name]).abs().max()) < 1e-4, name
 
 
 @pytest.mark.parametrize("family", FAMILIES)
