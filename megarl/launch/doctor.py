@@ -12,6 +12,7 @@ import os
 import platform
 import re
 import shutil
+import subprocess
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -19,6 +20,21 @@ from pathlib import Path
 from typing import Literal
 
 State = Literal["ok", "missing", "wrong", "absent"]  # absent: missing, and nothing needs it
+CUDA = 13  # that sglang's requirements are for
+SHARED_MEMORY_GIB = 16  # free; containers often have 64 MiB
+_BUILD_APEX = "APEX_CPP_EXT=1 APEX_CUDA_EXT=1"
+_APEX_KERNELS = ("amp_C", "fused_weight_gradient_mlp_cuda")
+_ASK_RAY = """
+import os, ray
+from ray._private.accelerators import NvidiaGPUAcceleratorManager
+address = os.environ.get("RAY_ADDRESS")
+if address:
+    ray.init(address=address, logging_level="error", log_to_driver=False)
+    nodes = [node for node in ray.nodes() if node["Alive"]]
+    print(int(ray.cluster_resources().get("GPU", 0)), "on", len(nodes), "node(s) of", address)
+else:
+    print(NvidiaGPUAcceleratorManager.get_current_node_num_accelerators(), "here")
+"""
 MARKS: dict[State, str] = {"ok": "ok", "missing": "MISSING", "wrong": "WRONG", "absent": "-"}
 
 
@@ -159,8 +175,8 @@ def _check_transformer_engine(torch: _Torch) -> Check:
 
 
 def _check_apex(torch: _Torch) -> Check:
-    use = "fused optimizer on GPUs without Transformer Engine"
-    remedy = "pip install --no-build-isolation -e '.[apex]'" if torch.cuda else ""
+    use = "model.megatron.gradient_accumulation_fusion, fused optimizer on GPUs without Transformer Engine"
+    remedy = f"{_BUILD_APEX} pip install -v --no-build-isolation -e '.[apex]'" if torch.cuda else ""
     spec = importlib.util.find_spec("apex")
     if spec is None:
         return Check("apex", "absent", "", use, remedy)
@@ -169,7 +185,35 @@ def _check_apex(torch: _Torch) -> Check:
         # Any importable `apex` makes Megatron-Core believe in fused norms, and then refuse to build them.
         other = f"{found} is another project of that name: breaks Megatron-Core"
         return Check("apex", "wrong", other, use, "pip uninstall apex", required=True)
+    missing = [name for name in _APEX_KERNELS if importlib.util.find_spec(name) is None]
+    if missing:
+        # Megatron-Core takes its fused Adam wherever apex can be imported, and that asks for them.
+        bare = f"{found} was built without {', '.join(missing)}"
+        return Check("apex", "wrong", bare, use, remedy or "pip uninstall apex", required=True)
     return Check("apex", "ok", found, use)
+
+
+def _check_cuda(torch: _Torch) -> Check:
+    """What torch was built for; sglang 0.5.20's kernels, and those it asks flashinfer for, are for CUDA 13."""
+    use = "sglang's kernels: CUDA 13, a driver from 580"
+    if int(torch.cuda.split(".")[0]) < CUDA:
+        old = f"torch is built for CUDA {torch.cuda}"
+        remedy = f"pip install torch torchvision --index-url https://download.pytorch.org/whl/cu{CUDA}0"
+        return Check("CUDA", "wrong", old, use, remedy, required=True)
+    if not torch.devices:
+        return Check("CUDA", "absent", "torch sees no GPU here", use)  # a login node, whose cluster has some
+    return Check("CUDA", "ok", torch.cuda, use, required=True)
+
+
+def _check_shared_memory(torch: _Torch) -> list[Check]:
+    place = Path("/dev/shm")
+    if not torch.devices or not place.exists():
+        return []
+    free = shutil.disk_usage(place).free / 2**30
+    use = "Ray's objects, images on their way to engines, NCCL"
+    if free < SHARED_MEMORY_GIB:
+        return [Check("/dev/shm", "wrong", f"{free:.1f} GiB free", use, "docker run --ipc=host (or --shm-size=64g)")]
+    return [Check("/dev/shm", "ok", f"{free:.0f} GiB free", use)]
 
 
 def _check_packages(torch: _Torch) -> list[Check]:
@@ -204,12 +248,25 @@ def _check_packages(torch: _Torch) -> list[Check]:
         *(check for check in (package(name, "core", required=True) for name in core) if check.state != "ok"),
         _check_transformer_engine(torch),
         _check_apex(torch),
-        package("nvidia-modelopt", "quantization", "quant"),
         package("wandb", "observability.trackers=[wandb]", "wandb"),
     ]
     if torch.cuda:
         checks.insert(4, package("sglang-kernel", "sglang's CUDA kernels", "rollout", required=True))
+        checks.insert(1, _check_cuda(torch))
+        checks += _check_shared_memory(torch)
     return checks
+
+
+def _gpus(torch: _Torch) -> str:
+    """How many GPUs torch and Ray see; empty on a machine that has neither some nor a cluster."""
+    if not torch.cuda and "RAY_ADDRESS" not in os.environ:
+        return ""
+    try:  # another process: connecting to a cluster may take long and cannot be undone
+        done = subprocess.run([sys.executable, "-c", _ASK_RAY], capture_output=True, text=True, timeout=60)
+        said = done.stdout.strip() or done.stderr.strip().splitlines()[-1]
+    except subprocess.TimeoutExpired:
+        said = f"no answer from {os.environ.get('RAY_ADDRESS', 'Ray')}"
+    return f"torch: {len(torch.devices)} here; Ray: {said}"
 
 
 def _backends(torch: _Torch, checks: list[Check]) -> dict[str, str]:
@@ -251,7 +308,8 @@ def examine() -> Report:
     """Look at this machine; never raises because of a package that is missing or broken."""
     torch = _ask_torch()
     checks = _check_packages(torch)
-    return Report(checks, {} if torch.error else _backends(torch, checks), _machine())
+    machine, gpus = _machine(), _gpus(torch)
+    return Report(checks, {} if torch.error else _backends(torch, checks), machine | ({"GPUs": gpus} if gpus else {}))
 
 
 def run(write: Callable[[str], object] = print) -> int:

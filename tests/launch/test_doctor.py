@@ -3,6 +3,7 @@
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -90,3 +91,43 @@ def test_a_version_outside_the_range_is_wrong_and_the_remedy_names_the_range():
     check = doctor._check_package("numpy", "arrays", "", "<1.0", required=True)
     assert check.state == "wrong"
     assert check.remedy == "pip install 'numpy<1.0'"
+
+
+def find(*names: str):
+    """``importlib.util.find_spec`` where only these modules are; apex with its usual folders."""
+    return lambda name: SimpleNamespace(submodule_search_locations=["/apex"]) if name in names else None
+
+
+def test_an_apex_without_its_kernels_is_wrong_and_the_remedy_builds_them(monkeypatch):
+    cuda = doctor._Torch(cuda="13.0", devices=["H100"])
+    monkeypatch.setattr(doctor.Path, "is_dir", lambda path: True)
+    monkeypatch.setattr(doctor.importlib.util, "find_spec", find("apex"))
+    check = doctor._check_apex(cuda)
+    assert (check.state, check.required) == ("wrong", True)
+    assert "built without amp_C, fused_weight_gradient_mlp_cuda" in check.found
+    assert check.remedy.startswith("APEX_CPP_EXT=1 APEX_CUDA_EXT=1 pip install -v --no-build-isolation")
+    monkeypatch.setattr(doctor.importlib.util, "find_spec", find("apex", "amp_C", "fused_weight_gradient_mlp_cuda"))
+    assert doctor._check_apex(cuda).state == "ok"
+    monkeypatch.setattr(doctor.importlib.util, "find_spec", find())
+    assert doctor._check_apex(cuda).state == "absent"
+
+
+def test_cuda_before_13_is_wrong_and_a_login_node_needs_no_gpu():
+    old = doctor._check_cuda(doctor._Torch(cuda="12.8", devices=["H100"]))
+    assert (old.state, old.required, "cu130" in old.remedy) == ("wrong", True, True)
+    assert doctor._check_cuda(doctor._Torch(cuda="13.0", devices=["H100"])).state == "ok"
+    login = doctor._check_cuda(doctor._Torch(cuda="13.0"))
+    assert (login.state, login.required) == ("absent", False)
+
+
+def test_little_shared_memory_is_said_where_there_are_gpus(monkeypatch):
+    monkeypatch.setattr(doctor.shutil, "disk_usage", lambda place: SimpleNamespace(free=64 << 20))
+    assert doctor._check_shared_memory(doctor._Torch()) == []
+    (check,) = doctor._check_shared_memory(doctor._Torch(cuda="13.0", devices=["H100"]))
+    assert (check.state, check.found) == ("wrong", "0.1 GiB free")
+
+
+def test_gpus_are_counted_by_torch_and_by_ray(monkeypatch):
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    assert doctor._gpus(doctor._Torch()) == ""
+    assert doctor._gpus(doctor._Torch(cuda="13.0", devices=["H100"])) == "torch: 1 here; Ray: 0 here"

@@ -94,7 +94,7 @@ def check_gradient_accumulation_fusion(key: str, *, transformer_engine: bool, cu
     """
     module, install = "fused_weight_gradient_mlp_cuda", "apex, built with APEX_CPP_EXT=1 APEX_CUDA_EXT=1 (docker/)"
     if transformer_engine:
-        module, install = "transformer_engine_torch", "transformer-engine[pytorch]"
+        module, install = "transformer_engine_torch", "transformer-engine[core_cu13,pytorch]"
     if not cuda:
         raise ValueError(f"{key}.gradient_accumulation_fusion=True needs a GPU")
     if importlib.util.find_spec(module) is None:

@@ -37,7 +37,7 @@ def require_transformer_engine() -> None:
     except (ImportError, RuntimeError, OSError) as error:  # its empty meta package raises RuntimeError
         raise ImportError(
             "model.transformer_impl=transformer_engine needs the package transformer-engine built for this torch "
-            "(pip install --no-build-isolation 'transformer-engine[pytorch]>=2.9,<2.12'); "
+            "(pip install --no-build-isolation 'transformer-engine[core_cu13,pytorch]>=2.9,<2.12'); "
             "model.transformer_impl=local needs nothing"
         ) from error
 
