@@ -9,6 +9,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from megarl.config import ParallelConfig
 from megarl.kernels import logprob
 from megarl.kernels.logprob import linear_logprob, linear_logprob_naive
+from megarl.launch import memory
 from megarl.parallel import groups
 
 H, VOCAB, PADDED = 12, 100, 128
@@ -177,3 +178,7 @@ def test_a_pass_makes_two_buffers_and_the_gradients_and_nothing_else_of_size(dty
     with Allocations(matrix // 2) as backward:
         torch.autograd.grad((logprobs + 0.1 * entropy).sum(), (hidden, weight))
     assert sorted(backward.made) == sorted([buffers, matrix, *converted, *rounded])
+
+
+def test_the_planner_of_memory_knows_how_large_a_chunk_is():
+    assert (memory.HEAD_BYTES, memory.HEAD_ROWS) == (logprob.CHUNK_BYTES["cuda"], logprob.CHUNK_ROWS)

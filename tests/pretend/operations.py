@@ -21,6 +21,14 @@ def _mm(left: Tensor, right: Tensor, out_dtype: torch.dtype) -> Tensor:
     return left.to(out_dtype) @ right.to(out_dtype)
 
 
+def _mm_out(left: Tensor, right: Tensor, out_dtype: torch.dtype, *, out: Tensor) -> Tensor:
+    return out if out.is_meta else out.copy_(_mm(left, right, out_dtype))
+
+
+def _addmm_out(total: Tensor, left: Tensor, right: Tensor, out_dtype: torch.dtype, *, out: Tensor) -> Tensor:
+    return out if out.is_meta else out.copy_(total + _mm(left, right, out_dtype))
+
+
 # ---- flash attention over packed sequences: [T, H, D], keys and values [K, Hk, D] ------------------------------------
 
 
@@ -170,6 +178,8 @@ def rms_norm(
 
 STAND_INS: dict[Any, Callable] = {
     aten.mm.dtype: _mm,
+    aten.mm.dtype_out: _mm_out,
+    aten.addmm.dtype_out: _addmm_out,
     torch.ops.torch_attn._varlen_attn.default: _varlen,
     torch.ops.torch_attn._varlen_attn_backward.default: _varlen_backward,
     aten._fused_sdp_choice.default: lambda *_, **__: 0,  # the mathematical form

@@ -92,6 +92,7 @@ def _device(pretend: Pretend) -> dict[str, Callable]:
         "get_device_capability": lambda device=None: (PROPERTIES.major, PROPERTIES.minor),
         "memory_allocated": lambda device=None: pretend.ledger.live,
         "max_memory_allocated": lambda device=None: pretend.ledger.peak,
+        "max_memory_reserved": lambda device=None: pretend.ledger.peak,
         "reset_peak_memory_stats": lambda device=None: pretend.ledger.reset_peak(),
         "mem_get_info": lambda device=None: (PROPERTIES.total_memory - pretend.ledger.live, PROPERTIES.total_memory),
     }

@@ -183,7 +183,7 @@ def _microbatch(run: Run) -> object:
     length = run.prompt + run.response
     count = run.samples * length
     tokens = np.random.default_rng(0).integers(0, 30000, count)
-    vision, token, image = _vision(run, place)
+    vision, token, image = _vision(run)
     if vision is not None:
         for first in range(0, count, length):
             tokens[first + 8 : first + 8 + image] = token
@@ -196,9 +196,9 @@ def _microbatch(run: Run) -> object:
     actions = here[rows]
     stream = np.zeros(len(rows), np.float32)
     return MicroBatch(
-        tokens=place(tokens)[None],
+        tokens=torch.from_numpy(tokens)[None],
         position_ids=place(positions)[:, None],
-        cu_seqlens=place(cu_seqlens),
+        cu_seqlens=torch.from_numpy(cu_seqlens),
         parents=None,
         vision=vision,
         rows=place(rows),
@@ -217,7 +217,7 @@ def _microbatch(run: Run) -> object:
     )
 
 
-def _vision(run: Run, place: Callable) -> tuple[object | None, int, int]:
+def _vision(run: Run) -> tuple[object | None, int, int]:
     """The images, one for all samples of its prompt; their token; how many of it an image has."""
     from megarl.models.common.vision import VisionInputs
 
@@ -229,8 +229,8 @@ def _vision(run: Run, place: Callable) -> tuple[object | None, int, int]:
         token, image, grid, channels = 151655, run.image, [1, 56, run.image * 4 // 56], 1176
     vision = VisionInputs(
         pixel_values=torch.zeros(grid[1] * grid[2], channels).to("cuda"),
-        grids=place(np.array([grid])),
-        sizes=place(np.array([[14 * grid[1], 14 * grid[2]]])),
+        grids=torch.tensor([grid]),
+        sizes=torch.tensor([[14 * grid[1], 14 * grid[2]]]),
         index=torch.zeros(run.samples, dtype=torch.int64),
         videos=torch.zeros(1, dtype=torch.bool),
     )
