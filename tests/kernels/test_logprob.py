@@ -181,4 +181,4 @@ def test_a_pass_makes_two_buffers_and_the_gradients_and_nothing_else_of_size(dty
 
 
 def test_the_planner_of_memory_knows_how_large_a_chunk_is():
-    assert (memory.HEAD_BYTES, memory.HEAD_ROWS) == (logprob.CHUNK_BYTES["cuda"], logprob.CHUNK_ROWS)
+    assert (logprob.CHUNK_BYTES["cuda"], logprob.CHUNK_ROWS) == (memory.HEAD_BYTES, memory.HEAD_ROWS)
