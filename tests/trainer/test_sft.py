@@ -140,9 +140,9 @@ def test_a_run_directory_has_one_run_at_a_time(tmp_path):
 
 
 def test_throughput_is_tokens_a_second_and_rank(tmp_path):
-    run = Run(RunConfig(trainer=TrainerConfig(run_dir=str(tmp_path), ranks_per_node=4)))
-    run.seconds["timing_s/step"] = 2.0
-    run.log(1, {"perf/total_num_tokens": 1000.0})
-    run.log(2, {})  # nothing trained
+    with Run(RunConfig(trainer=TrainerConfig(run_dir=str(tmp_path), ranks_per_node=4))) as run:
+        run.seconds["timing_s/step"] = 2.0
+        run.log(1, {"perf/total_num_tokens": 1000.0})
+        run.log(2, {})  # nothing trained
     rows = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     assert [row.get("perf/throughput") for row in rows] == [1000 / 2 / 4, None]
