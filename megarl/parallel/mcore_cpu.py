@@ -121,7 +121,7 @@ def _patch_upstream() -> None:
     """What Megatron-Core gets wrong wherever Transformer Engine and apex are absent, with CUDA too."""
     # megatron only now: importing it earlier would compile on the CPU
     from megatron.core import optimizer
-    from megatron.core.optimizer import distrib_optimizer
+    from megatron.core.optimizer import clip_grads, distrib_optimizer
     from megatron.core.tensor_parallel import random
     from megatron.core.transformer.moe import moe_utils
 
@@ -133,6 +133,16 @@ def _patch_upstream() -> None:
         optimizer.Adam, optimizer.USING_PYTORCH_OPTIMIZER = FusedAdam, False
         distrib_optimizer.Adam = FusedAdam
         distrib_optimizer.HAVE_APEX_OR_TE = distrib_optimizer.USING_APEX_OPTIMIZER = True
+    if clip_grads.l2_norm_impl.__name__ == "local_multi_tensor_l2_norm":
+        clip_grads.l2_norm_impl = _l2_norm
+
+
+def _l2_norm(
+    chunk_size: int, overflow: Tensor | None, tensor_lists: list[list[Tensor]], per_tensor: bool
+) -> tuple[Tensor, None]:
+    """The norm [1] of all tensors; upstream's own has the host wait for each of them."""
+    norms = torch.stack([torch.norm(tensor) for tensors in tensor_lists for tensor in tensors])
+    return torch.norm(norms[None])[None].float(), None
 
 
 def _patch_checkpoint(checkpoint: type) -> None:

@@ -28,3 +28,17 @@ def test_a_thread_enters_for_itself():
     thread.start()
     thread.join()
     assert found == ["no CUDA", "cpu"]
+
+
+def test_the_norm_of_gradients_is_upstreams_and_reads_none_of_them():
+    mcore_cpu.install()
+    from megatron.core.optimizer import clip_grads
+    from megatron.core.utils import local_multi_tensor_l2_norm
+
+    generator = torch.Generator().manual_seed(0)
+    tensors = [torch.randn(*shape, generator=generator) for shape in ((7, 5), (300,), (1,), (64, 33))]
+    expected, _ = local_multi_tensor_l2_norm(0, None, [tensors], False)
+    ours, _ = clip_grads.l2_norm_impl(0, None, [tensors], False)
+    assert torch.equal(ours, expected)
+    without_numbers, _ = clip_grads.l2_norm_impl(0, None, [[t.to("meta") for t in tensors]], False)
+    assert without_numbers.shape == expected.shape
