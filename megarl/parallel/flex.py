@@ -81,7 +81,9 @@ def _kernel() -> Callable[..., Tensor]:
 
 def flex_packed(query: Tensor, key: Tensor, value: Tensor, mask: BlockMask, *, scale: float) -> Tensor:
     """query [T, H, D], key and value [T, Hk, D] -> [T, H, D]."""
-    padding = (0, 0, 0, 0, 0, mask.seq_lengths[0] - len(query))
-    q, k, v = (F.pad(t, padding).transpose(0, 1)[None] for t in (query, key, value))
+    length, missing = len(query), mask.seq_lengths[0] - len(query)
+    if missing:
+        query, key, value = (F.pad(t, (0, 0, 0, 0, 0, missing)) for t in (query, key, value))
+    q, k, v = (t.transpose(0, 1)[None] for t in (query, key, value))
     output = _kernel()(q, k, v, block_mask=mask, scale=scale, enable_gqa=query.shape[1] != key.shape[1])
-    return output[0].transpose(0, 1)[: len(query)]
+    return output[0].transpose(0, 1)[:length]
