@@ -129,7 +129,8 @@ def test_a_person_reads_what_is_where():
 def on_ray(*arguments):
     """What ``placements.py`` prints."""
     environment = os.environ | {"PYTHONPATH": str(ROOT), "PYTHONWARNINGS": "ignore", "RAY_USAGE_STATS_ENABLED": "0"}
-    environment.pop("RAY_ADDRESS", None)
+    for name in ("RAY_ADDRESS", "CUDA_VISIBLE_DEVICES"):
+        environment.pop(name, None)
     command = [sys.executable, str(Path(__file__).with_name("placements.py")), *arguments]
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=400, check=False)
     assert done.returncode == 0, done.stderr[-4000:]

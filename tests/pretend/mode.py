@@ -118,7 +118,7 @@ class Pretend(TorchDispatchMode):
             to_cuda = _is_cuda(kwargs.get("device"))
             if not ours and not to_cuda:
                 self._refuse_cpu_collective(func, plain)
-                return func(*args, **kwargs)
+                return func(*args, **{name: value for name, value in kwargs.items() if name != "pin_memory"})
             if func is aten._local_scalar_dense.default:
                 self.wait(func)
                 return self.scalar(args[0].inner)

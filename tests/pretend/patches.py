@@ -87,6 +87,7 @@ def _device(pretend: Pretend) -> dict[str, Callable]:
         "set_device": lambda device: None,
         "synchronize": lambda device=None: pretend.wait("torch.cuda.synchronize"),
         "empty_cache": lambda: None,
+        "ipc_collect": lambda: None,
         "get_device_properties": lambda device=None: PROPERTIES,
         "get_device_name": lambda device=None: PROPERTIES.name,
         "get_device_capability": lambda device=None: (PROPERTIES.major, PROPERTIES.minor),
