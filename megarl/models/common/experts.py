@@ -137,10 +137,14 @@ class Dispatcher(MoEAlltoAllTokenDispatcher):
 
 
 def dispatch_locally(layer: MoELayer, pg_collection: ProcessGroupCollection | None) -> None:
-    """Give ``layer`` the ``Dispatcher``; mcore hands its groups to a layer of its own class only."""
-    layer.token_dispatcher = Dispatcher(
-        layer.num_local_experts, layer.local_expert_indices, config=layer.config, pg_collection=pg_collection
-    )
+    """Give ``layer`` the ``Dispatcher``, unless the configuration asks for another kind than it is.
+
+    The layer stays mcore's: mcore hands its groups to no other class.
+    """
+    if layer.config.moe_token_dispatcher_type == "alltoall":
+        layer.token_dispatcher = Dispatcher(
+            layer.num_local_experts, layer.local_expert_indices, config=layer.config, pg_collection=pg_collection
+        )
 
 
 def experts_spec(config: TransformerConfig) -> ModuleSpec:
