@@ -22,6 +22,7 @@ class Result:
     old_logprobs: list[list[float]] = field(default_factory=list)  # of each microbatch
     grad_norm: float | None = None
     sums: dict[str, float] = field(default_factory=dict)
+    logprobs: list[float] = field(default_factory=list)  # of one microbatch after the step
     validated: dict[str, float] = field(default_factory=dict)  # sums of the loss after the step
     checksums: dict[str, str] = field(default_factory=dict)  # of the exported tensors, before the step
     restored: bool = False  # after release and restore every parameter had its bits
@@ -52,6 +53,8 @@ def run_all(
     _step(worker, minibatches, result)
     if waits is not None:
         _waits_of_a_pass(worker, minibatches[0], result, waits)
+    logprobs = worker.logprobs(minibatches[0][:1], 1.0, True)
+    result.logprobs = [] if logprobs is None else logprobs[0].tolist()
     totals = worker.validate(minibatches[0])
     result.validated = totals.sums if totals is not None else {}
     _lend(worker, result)

@@ -93,6 +93,7 @@ def test_float32_equals_the_cpu(family: str, models: Path, runs: Path, float32: 
     assert result["grad_norm"] == pytest.approx(expected["grad_norm"], rel=1e-5)
     for ours, theirs in zip(result["old_logprobs"], expected["old_logprobs"], strict=True):
         assert ours == pytest.approx(theirs, abs=1e-5)
+    assert result["logprobs"] == pytest.approx(expected["logprobs"], abs=1e-3)
     for name in ("sums", "validated"):
         assert result[name] == pytest.approx(expected[name], rel=1e-3, abs=1e-3), name
     trained = load_file(runs / "float32" / family / "hf" / "model.safetensors")
