@@ -116,6 +116,7 @@ class Pretend(TorchDispatchMode):
             ours = [x for x in leaves if isinstance(x, CudaTensor)]
             plain = [x for x in leaves if not isinstance(x, CudaTensor)]
             to_cuda = _is_cuda(kwargs.get("device"))
+            kwargs.pop("pin_memory", None)  # there is no allocator for it
             if not ours and not to_cuda:
                 self._refuse_cpu_collective(func, plain)
                 return func(*args, **{name: value for name, value in kwargs.items() if name != "pin_memory"})
@@ -222,7 +223,6 @@ class Pretend(TorchDispatchMode):
         own_args, own_kwargs = pytree.tree_map(inner, (args, kwargs))
         if to_cuda or (meta and kwargs.get("device") is not None):
             own_kwargs["device"] = torch.device("meta" if meta else "cpu")
-        own_kwargs.pop("pin_memory", None)
         return self._wrapped(func, args, kwargs, STAND_INS.get(func, func)(*own_args, **own_kwargs))
 
     def _without_numbers(self, func: Any, args: tuple, kwargs: dict, to_cuda: bool, any_ours: bool) -> bool:

@@ -71,7 +71,7 @@ def _replacements(pretend: Pretend) -> list[tuple[Any, dict[str, Any]]]:
         (nn.Module, _module()),
         (torch, {"tensor": _tensor(pretend)}),
         (torch.autograd, {"backward": _backward}),
-        (Tensor, {"record_stream": lambda tensor, stream: None}),
+        (Tensor, {"record_stream": lambda tensor, stream: None, "pin_memory": lambda tensor, device=None: tensor}),
         (torch.UntypedStorage, {"resize_": _resize(pretend)}),
     ]
 
