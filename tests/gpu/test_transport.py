@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import multiprocessing
 import os
 import socket
@@ -15,9 +16,13 @@ from torch import Tensor
 from megarl.utils.checksum import tensor_checksum
 from megarl.weight_sync.broadcast import broadcast_bucket, create_group, destroy_group
 from megarl.weight_sync.shared import share_bucket
-from tests.gpu.processes import DEVICES, skip_without_gpus
+from tests.gpu.processes import skip_without_gpus
 
-TIMEOUT_S = 180.0
+# not imported here, for it: the runner's process stays free of SGLang
+pytestmark = pytest.mark.skipif(importlib.util.find_spec("sglang") is None, reason="SGLang is not installed")
+TIMEOUT_S = 90.0
+# the transports have default tests on a CPU in tests/rollout: these see that the bodies here are right
+DEVICES = [pytest.param("cpu", marks=pytest.mark.slow), pytest.param("cuda", marks=pytest.mark.gpu)]
 
 
 def bucket(device: str) -> list[tuple[str, Tensor]]:
@@ -52,12 +57,17 @@ def answer(process, connection):
         return f"ended with exit code {process.exitcode}"
 
 
-def open_payload(connection: Connection, payload: bytes) -> None:
-    """As SGLang's scheduler does: the checksums of what arrived, by name."""
+def _prepare_sglang() -> None:
+    """It is imported after this, in the child only."""
     from megarl.rollout import cpu_shims
 
     if not torch.cuda.is_available():
         cpu_shims.install()
+
+
+def open_payload(connection: Connection, payload: bytes) -> None:
+    """As SGLang's scheduler does: the checksums of what arrived, by name."""
+    _prepare_sglang()
     from sglang.srt.utils import MultiprocessingSerializer
     from sglang.srt.utils.patch_torch import monkey_patch_torch_reductions
 
@@ -74,7 +84,6 @@ def open_payload(connection: Connection, payload: bytes) -> None:
 
 @pytest.mark.parametrize("device", DEVICES)
 def test_a_payload_opens_in_another_process(device):
-    pytest.importorskip("sglang")
     tensors = bucket(device)
     (payload,) = share_bucket(tensors, 1)
     process, connection = in_child(open_payload, payload)
@@ -97,6 +106,7 @@ def receive(connection: Connection, port: int, num_bytes: int, backend: str) -> 
     device = "cpu" if backend == "gloo" else "cuda:1"
     if backend == "nccl":
         torch.cuda.set_device(1)
+    _prepare_sglang()
     from sglang.srt.utils import init_custom_process_group
 
     group = init_custom_process_group(
@@ -109,7 +119,6 @@ def receive(connection: Connection, port: int, num_bytes: int, backend: str) -> 
 
 @pytest.mark.parametrize("device", DEVICES)
 def test_a_bucket_is_broadcast(device, monkeypatch):
-    pytest.importorskip("sglang")
     if device == "cuda":
         skip_without_gpus(2)
     for name in ("NCCL_CUMEM_ENABLE", "NCCL_NVLS_ENABLE"):

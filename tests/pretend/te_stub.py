@@ -149,10 +149,12 @@ class DotProductAttention(_Module):
         size = a.tp_size or 1
         self.heads, self.groups = a.num_attention_heads // size, (a.num_gqa_groups or a.num_attention_heads) // size
         self.channels, self.scale = a.kv_channels, a.softmax_scale
+        self.qkv_format, self.attn_mask_type = a.qkv_format, a.attn_mask_type
         self.register_load_state_dict_post_hook(_without_extra_state)
 
     def forward(self, *args: Any, **kwargs: Any) -> Tensor:
         f = _bind("DotProductAttention.forward", args, kwargs)
+        f.qkv_format, f.attn_mask_type = f.qkv_format or self.qkv_format, f.attn_mask_type or self.attn_mask_type
         self._check(f)
         CALLS.append((f.attn_mask_type, tuple(f.query_layer.shape)))
         output = varlen_attn(
