@@ -221,9 +221,12 @@ class Pretend(TorchDispatchMode):
             return x.to("meta") if meta and isinstance(x, Tensor) and x.dim() else x
 
         own_args, own_kwargs = pytree.tree_map(inner, (args, kwargs))
-        if to_cuda or (meta and kwargs.get("device") is not None):
+        if to_cuda:
             own_kwargs["device"] = torch.device("meta" if meta else "cpu")
-        return self._wrapped(func, args, kwargs, STAND_INS.get(func, func)(*own_args, **own_kwargs))
+        result = STAND_INS.get(func, func)(*own_args, **own_kwargs)
+        if kwargs.get("device") is not None and not to_cuda:
+            return result  # zeros_like(cuda_tensor, device="cpu")
+        return self._wrapped(func, args, kwargs, result)
 
     def _without_numbers(self, func: Any, args: tuple, kwargs: dict, to_cuda: bool, any_ours: bool) -> bool:
         if to_cuda and func in RANGES:
