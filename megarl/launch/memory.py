@@ -19,7 +19,7 @@ MIB = 1 << 20
 USABLE = 0.9  # of a GPU's memory: the caching allocator's fragments need the rest
 RANK_RESERVE = 2_000_000_000  # CUDA's context, NCCL's buffers and cuBLAS's workspaces of a rank, which nothing moves
 ENGINE_RESERVE = 2_500_000_000  # the same of a colocated engine, with the memory that its saver does not manage
-HEAD_BYTES, HEAD_ROWS = 512 * MIB, 2048  # of logits at once, at most: kernels.logprob
+HEAD_ROWS, HEAD_BYTES = 2048, 512 * MIB  # of logits at once, at most: kernels.logprob
 
 # activations that the trainer may drop, from the fastest to the smallest: (model.recompute, model.recompute_modules)
 RECOMPUTE = (("none", ["core_attn"]), ("selective", ["core_attn", "layernorm", "mlp"]), ("full", ["core_attn"]))
@@ -299,8 +299,8 @@ def _passing(config: RunConfig, model: Sizes, stage: int) -> dict[str, int]:
     moments = [layer.passing(how, modules)]  # of a pass, of which the worst counts
     head = 0
     if stage == _last_stage(config):
-        head = 2 * width * tokens * decoder.hidden  # hidden states of all ranks' tokens, and of actions
         shard = model.vocabulary // tensor
+        head = 2 * width * tokens * decoder.hidden  # hidden states of all ranks' tokens, and of actions
         head += (4 + width % 4) * shard * decoder.hidden  # the output matrix's gradient in float32, and rounded
         head += 2 * min(HEAD_BYTES, 4 * HEAD_ROWS * shard)
     if stage == 0 and vision is not None:
