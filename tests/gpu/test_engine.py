@@ -2,25 +2,30 @@
 
 from __future__ import annotations
 
+import os
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
+import ray
+import torch
 
+from megarl.data.processors import load_processor
+from megarl.types import Placement
+from megarl.utils.checksum import tensor_checksum
+from megarl.weight_sync.shared import share_bucket
 from tests.gpu.test_run import needs_engine
+from tests.rollout.reference import HuggingFace, prompt, tensors
 
 pytestmark = pytest.mark.gpu
 
 
 @pytest.fixture(scope="module")
-def engine(tmp_path_factory):
-    """An actor that sees our GPU, its model's directory and processor."""
+def manager(tmp_path_factory):
+    """Of one engine that sees our first GPU only."""
     needs_engine(1)
-    import os
-
-    import ray
-
     from megarl.config import ModelConfig, RolloutConfig, RunConfig, TrainerConfig
-    from megarl.data.processors import load_processor
-    from megarl.rollout.engine import EngineActor, engine_environment
+    from megarl.rollout.manager import RolloutManager
     from tests.rollout.reference import write_model
 
     path = write_model(tmp_path_factory.mktemp("gpu_engine") / "tiny", 0)
@@ -30,49 +35,40 @@ def engine(tmp_path_factory):
         trainer=TrainerConfig(placement="colocated"),
     )
     visible = os.environ.get("CUDA_VISIBLE_DEVICES", "0").split(",")[0]
+    environment = {"CUDA_VISIBLE_DEVICES": visible, "RAY_EXPERIMENTAL_NOSET_CUDA_VISIBLE_DEVICES": "1"}
+    options = [{"num_gpus": 0, "runtime_env": {"env_vars": environment}}]
+    placement = Placement(kind="colocated", device="cuda", engine_options=options)
     ray.init(num_cpus=2, num_gpus=0, include_dashboard=False, log_to_driver=False)
-    environment = engine_environment(1, "cuda") | {"CUDA_VISIBLE_DEVICES": visible}
-    options = {"num_cpus": 0, "max_concurrency": 64, "runtime_env": {"env_vars": environment}}
-    actor = ray.remote(EngineActor).options(**options).remote(config, str(path), 0, "cuda")
-    ray.get(actor.ping.remote(), timeout=600)
-    yield actor, path, load_processor(path)
+    manager = RolloutManager(config, str(path), sync=lambda index: None, placement=placement)
+    yield SimpleNamespace(rollout=manager, engine=manager.engines[0], path=path)
+    manager.shutdown()
     ray.shutdown()
 
 
-def push(actor, path, version):
+def push(engine, path, version):
     """By CUDA IPC, as a rank on the same GPU does; the checksums of what was sent."""
-    import ray
-
-    from megarl.utils.checksum import tensor_checksum
-    from megarl.weight_sync.shared import share_bucket
-    from tests.rollout.reference import tensors
-
     named = [(name, tensor.bfloat16().to("cuda")) for name, tensor in tensors(path).items()]
     (payload,) = share_bucket(named, 1)
-    ray.get(actor.update_weights_from_shared.remote({0: payload}, version), timeout=120)
-    ray.get(actor.forget.remote(), timeout=120)
+    ray.get(engine.update_weights_from_shared.remote({0: payload}, version), timeout=120)
+    ray.get(engine.forget.remote(), timeout=120)
     return {name: tensor_checksum(tensor) for name, tensor in named}
 
 
-def test_memory_is_lent_and_comes_back(engine):
-    import ray
-    import torch
-
-    from tests.rollout.reference import HuggingFace, prompt
-
-    actor, path, processor = engine
-    kinds = ["weights", "kv_cache"]
+def test_memory_is_lent_and_comes_back(manager):
+    engine, path, kinds = manager.engine, manager.path, ["weights", "kv_cache"]
+    processor = load_processor(path)
     encoded = prompt(processor, 1)
-    assert ray.get(actor.checksums.remote(), timeout=120) == push(actor, path, 1)
-    before = np.asarray(ray.get(actor.score.remote(encoded.tokens, encoded.media), timeout=120))
-    free = torch.cuda.mem_get_info()[0]
-    ray.get(actor.release.remote(kinds), timeout=120)
-    assert torch.cuda.mem_get_info()[0] - free > 0.1 * torch.cuda.mem_get_info()[1]  # of the 0.3 that it may have
-    ray.get(actor.reclaim.remote(["weights"]), timeout=120)
-    sent = push(actor, path, 2)
-    ray.get(actor.reclaim.remote(["kv_cache"]), timeout=120)
-    assert ray.get(actor.checksums.remote(), timeout=120) == sent
-    after = np.asarray(ray.get(actor.score.remote(encoded.tokens, encoded.media), timeout=120))
+    sent = push(engine, path, 1)
+    assert ray.get(engine.checksums.remote(), timeout=120) == sent
+    before = np.asarray(ray.get(engine.score.remote(encoded.tokens, encoded.media), timeout=120))
+    free, total = torch.cuda.mem_get_info()
+    assert manager.rollout.release(kinds)
+    assert torch.cuda.mem_get_info()[0] - free > 0.1 * total  # of the 0.3 that it may have
+    assert manager.rollout.reclaim(["weights"])
+    assert push(engine, path, 2) == sent
+    assert manager.rollout.reclaim(["kv_cache"])
+    assert ray.get(engine.checksums.remote(), timeout=120) == sent
+    after = np.asarray(ray.get(engine.score.remote(encoded.tokens, encoded.media), timeout=120))
     np.testing.assert_allclose(after, before, atol=1e-3)
     expected = HuggingFace(path, processor).logprobs(encoded.tokens, encoded.media, banned=False)
     seen = ~np.isin(encoded.tokens[1:], processor.banned_token_ids)

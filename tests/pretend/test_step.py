@@ -21,7 +21,7 @@ DENSE = [family for family in FAMILIES if family != "qwen3_vl_moe"]  # the route
 OVERRIDES = ["trainer.max_tokens_per_microbatch=256"]
 BFLOAT16 = [*OVERRIDES, "model.dtype=bfloat16"]
 TE = [*BFLOAT16, "model.transformer_impl=transformer_engine"]
-MAX_WAITS = 12  # of the host for the device in a forward pass, whatever the number of layers
+MAX_WAITS = 4  # of the host for the device in a forward pass: fewer than layers, so that one in each is seen
 LAYOUTS = {
     "tp2 sp": ["parallel.tensor_model_parallel_size=2", "parallel.sequence_parallel=True"],
     "cp2": ["parallel.context_parallel_size=2"],
