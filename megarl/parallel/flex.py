@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import cache
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -73,10 +74,15 @@ def _listed(blocks: Tensor) -> tuple[Tensor, Tensor]:
     return blocks.sum(1).int()[None, None], order.int()[None, None]
 
 
+def compiled(**options: Any) -> Callable[..., Tensor]:
+    """``flex_attention`` compiled for any pack; ``options`` of ``torch.compile``."""
+    return torch.compile(flex_attention, dynamic=True, **options)
+
+
 @cache
 def _kernel() -> Callable[..., Tensor]:
     # without a compiler it is a reference that writes out every score
-    return torch.compile(flex_attention, dynamic=True) if torch.cuda.is_available() else flex_attention
+    return compiled() if torch.cuda.is_available() else flex_attention
 
 
 def flex_packed(query: Tensor, key: Tensor, value: Tensor, mask: BlockMask, *, scale: float) -> Tensor:

@@ -3,7 +3,7 @@
 import pytest
 import torch
 from torch._dynamo.testing import CompileCounter
-from torch.nn.attention.flex_attention import create_mask, flex_attention
+from torch.nn.attention.flex_attention import create_mask
 
 from megarl.parallel import flex
 from megarl.parallel.attention import packed_sequences, sdpa_packed
@@ -129,7 +129,7 @@ def test_flex_knows_which_blocks_are_seen(causal):
 
 def test_flex_is_compiled_for_all_packs_at_once(monkeypatch):
     counter = CompileCounter()
-    compiled = torch.compile(flex_attention, dynamic=True, backend=counter)
+    compiled = flex.compiled(backend=counter)
     monkeypatch.setattr(flex, "_kernel", lambda: compiled)
     for lengths, parents in PACKS:
         torch.manual_seed(0)
