@@ -138,6 +138,8 @@ def build_trainable(config: RunConfig, model: MegatronModule, c: OptimizerConfig
     distributed, given = config.parallel.use_distributed_optimizer, config.parallel.ddp
     _check("parallel.ddp", given, DistributedDataParallelConfig, _DDP_REFUSED)
     _check("optimizer.megatron", c.megatron, MegatronOptimizerConfig, _OPTIMIZER_REFUSED)
+    if c.megatron.get("optimizer_cpu_offload") and not (bf16 and torch.cuda.is_available()):
+        raise ValueError("optimizer.megatron.optimizer_cpu_offload=True needs a GPU and model.dtype=bfloat16")
     ddp_config = DistributedDataParallelConfig(use_distributed_optimizer=distributed, grad_reduce_in_fp32=True, **given)
     ddp = []
     for number, chunk in enumerate(chunks_of(model)):

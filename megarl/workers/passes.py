@@ -65,7 +65,7 @@ class Trained:
     def begin(self) -> None:
         """Give the optimizer what it has before its first step, so that a checkpoint of a model that waits has it."""
         for part in self.optimizer.chained_optimizers:
-            if part.optimizer is not None:
+            if part.optimizer is not None and part.init_state_fn is not None:  # none with optimizer_cpu_offload
                 part.init_state_fn(part.optimizer, part.config)
                 for group in part.optimizer.param_groups:
                     group.setdefault("step", 0)

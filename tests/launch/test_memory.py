@@ -71,7 +71,9 @@ PASSES = [
     (QWEN, {"vision_megatron": UNFUSED, "recompute": "selective"}, 14.28),
     (QWEN, {"vision_megatron": UNFUSED, "recompute": "full"}, 5.29),
     (QWEN, {"megatron": UNFUSED, "vision_megatron": UNFUSED, "tp": 4, "dp": 1}, 32.9),
+    (QWEN, {"tp": 4, "recompute": "selective", "samples": 4}, 5.24),
     (LLAVA, {"megatron": UNFUSED}, 52.4),
+    (LLAVA, {"dp": 4}, 40.79),
 ]
 
 
