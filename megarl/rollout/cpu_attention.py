@@ -1,7 +1,9 @@
-"""Attention of SGLang's CPU path over all sequences of a batch at once.
+"""Attention of SGLang's CPU path: a decoder's over all sequences of a batch at once, a vision tower's image by image.
 
 SGLang's ``torch_native`` backend calls ``scaled_dot_product_attention`` sequence by sequence, which costs more than the
 rest of a decoding step when they are short. This one gathers the batch's keys and values, padded, and calls it once.
+Its vision attention on CPU calls it once with a mask over all patches of all images together, whose cost grows with
+the square of their number. This one calls it without a mask, once for all segments (images, windows) of a length.
 """
 
 from __future__ import annotations
@@ -17,6 +19,7 @@ from megarl.rollout import cpu_shims
 cpu_shims.install()
 
 from sglang.srt.layers.attention.torch_native_backend import TorchNativeAttnBackend  # noqa: E402
+from sglang.srt.layers.attention.vision import VisionSdpaAttention  # noqa: E402
 
 _MAX_SCORES = 1 << 26  # of one call: more are computed in several
 
@@ -72,3 +75,37 @@ def _batched(args: tuple[Any, ...], options: dict[str, Any], query_lens: Tensor,
         return None
     slots = req_to_token[req_pool_indices, : seq_lens.max()]
     return output.copy_(paged_attention(query, k_cache, v_cache, slots, query_lens, seq_lens, options["scaling"]))
+
+
+def segmented_attention(query: Tensor, key: Tensor, value: Tensor, cu_seqlens: Tensor, scale: float) -> Tensor:
+    """Attention within each of the segments that lie end to end, all tokens of one to all of it.
+
+    query, key, value: [T, H, D]. cu_seqlens: [S + 1], from 0 to T. Returns [T, H, D].
+    """
+    starts, lengths = cu_seqlens[:-1].long(), cu_seqlens.diff()
+    output = torch.empty_like(query)
+    for length in lengths.unique():
+        rows = starts[lengths == length, None] + torch.arange(length)  # [segments of this length, length]
+        q, k, v = (t[rows].transpose(1, 2) for t in (query, key, value))
+        output[rows] = F.scaled_dot_product_attention(q, k, v, scale=scale).transpose(1, 2)
+    return output
+
+
+class SegmentedVisionAttention(VisionSdpaAttention):
+    """``sdpa`` without its mask, where segments lie end to end and nothing else is asked for."""
+
+    def forward(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        bsz: int,
+        cu_seqlens: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        **options: Any,
+    ) -> Tensor:
+        """q: [T, H, D]; k, v: [T, Hk, D]. Returns [T, H, D]; called by SGLang's ``VisionAttention``."""
+        is_plain = self.flatten_batch and not self.softmax_in_single_precision and not self.dropout
+        if cu_seqlens is None or attention_mask is not None or not is_plain:
+            return super().forward(q, k, v, bsz, cu_seqlens, attention_mask, **options)
+        return segmented_attention(q, k, v, cu_seqlens, self.scale)

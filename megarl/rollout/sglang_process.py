@@ -18,7 +18,7 @@ cpu_shims.install()
 ON_CPU = os.environ.get("SGLANG_USE_CPU_ENGINE") == "1"  # as SGLang itself decides it, by ``engine_environment``
 
 from sglang.srt.entrypoints.engine import Engine  # noqa: E402
-from sglang.srt.layers.attention import attention_registry  # noqa: E402
+from sglang.srt.layers.attention import attention_registry, vision  # noqa: E402
 from sglang.srt.layers.moe import topk  # noqa: E402
 from sglang.srt.lora import layers  # noqa: E402
 from sglang.srt.lora.backend import torch_backend  # noqa: E402
@@ -45,7 +45,7 @@ from sglang.srt.runtime_context import get_context  # noqa: E402
 from sglang.srt.utils.weight_checker import ChecksumInfo, WeightChecker  # noqa: E402
 
 from megarl.rollout import cpu_memory  # noqa: E402
-from megarl.rollout.cpu_attention import BatchedTorchAttention  # noqa: E402
+from megarl.rollout.cpu_attention import BatchedTorchAttention, SegmentedVisionAttention  # noqa: E402
 from megarl.rollout.live_weights import Held, checksums, held_adapters, held_weights  # noqa: E402
 
 if ON_CPU:
@@ -153,7 +153,7 @@ class DeterministicScheduler(RolloutScheduler):
 def run_scheduler_process(*args: Any, **kwargs: Any) -> None:
     """SGLang's scheduler process, paused and flushed as above, with checksums under checkpoint names.
 
-    On CPU its attention is batched.
+    On CPU its attention is batched, and that of vision towers knows segments.
     """
     if not issubclass(scheduler.Scheduler, RolloutScheduler):
         scheduler.Scheduler = RolloutScheduler
@@ -163,6 +163,7 @@ def run_scheduler_process(*args: Any, **kwargs: Any) -> None:
         cpu_shims.unpin(layers, torch_backend)
         cpu_shims.choose_experts_in_torch(topk)
         attention_registry.ATTENTION_BACKENDS["torch_native"] = BatchedTorchAttention
+        vision.QKV_BACKEND_IMPL["sdpa"] = SegmentedVisionAttention
     scheduler.run_scheduler_process(*args, **kwargs)
 
 

@@ -1,4 +1,4 @@
-"""Batched attention of the CPU engine against one sequence at a time."""
+"""Attention of the CPU engine: batched against one sequence at a time, segments against a mask."""
 
 import pytest
 import torch
@@ -49,3 +49,57 @@ def test_it_takes_the_place_of_sglangs_loop(decode):
             attention._run_sdpa_forward_extend(query, output, *where, *extend, causal=True, **options)
         outputs.append(output)
     torch.testing.assert_close(*outputs)
+
+
+def tower(kind, **options):
+    return kind(head_dim=8, num_heads=4, num_kv_heads=4, **{"flatten_batch": True, **options})
+
+
+@pytest.mark.parametrize("lengths", [[9], [4, 4, 4], [6, 1, 3, 6, 16, 3, 1, 6], [5, 0, 5]])
+def test_segments_equal_the_masked_form_without_a_mask(monkeypatch, lengths):
+    """Images and windows of a batch; one call for each length that there is."""
+    torch.manual_seed(0)
+    cu_seqlens = torch.tensor([0, *lengths]).cumsum(0).to(torch.int32)
+    q, k, v = torch.randn(3, sum(lengths), 4, 8)
+    expected = tower(cpu_attention.VisionSdpaAttention)(q, k, v, 1, cu_seqlens)
+    calls, attend = [], F.scaled_dot_product_attention
+
+    def record(query, key, value, attn_mask=None, **options):
+        calls.append((query.shape[0], query.shape[2], attn_mask))
+        return attend(query, key, value, attn_mask, **options)
+
+    monkeypatch.setattr(F, "scaled_dot_product_attention", record)
+    torch.testing.assert_close(tower(cpu_attention.SegmentedVisionAttention)(q, k, v, 1, cu_seqlens), expected)
+    assert calls == [(lengths.count(n), n, None) for n in sorted(set(lengths))]
+
+
+@pytest.mark.parametrize("asked", ["a mask", "no segments", "a batch", "a softmax of its own"])
+def test_what_segments_cannot_say_is_left_to_sglang(asked):
+    torch.manual_seed(0)
+    q, k, v = torch.randn(3, 12, 4, 8)
+    mask = torch.ones(12, 12, dtype=torch.bool).tril() if asked == "a mask" else None
+    cu_seqlens = None if asked == "no segments" else torch.tensor([0, 6, 12], dtype=torch.int32)
+    batch = 2 if asked == "a batch" else 1
+    options = {"flatten_batch": batch == 1, "softmax_in_single_precision": asked == "a softmax of its own"}
+    kinds = cpu_attention.VisionSdpaAttention, cpu_attention.SegmentedVisionAttention
+    torch.testing.assert_close(*(tower(kind, **options)(q, k, v, batch, cu_seqlens, mask) for kind in kinds))
+
+
+@pytest.mark.skipif(torch.version.cuda is not None, reason="CUDA has SGLang's own")
+def test_scheduler_processes_have_both(monkeypatch):
+    from megarl.rollout import sglang_process as process
+
+    backends, towers = process.attention_registry.ATTENTION_BACKENDS, process.vision.QKV_BACKEND_IMPL
+    for registry, name in ((backends, "torch_native"), (towers, "sdpa")):
+        monkeypatch.setitem(registry, name, None)
+    for holder, names in (
+        (process.scheduler, ("Scheduler", "run_scheduler_process")),
+        (process.model_runner, ("WeightChecker", "LoRAManager")),
+        (process.cpu_shims, ("unpin", "choose_experts_in_torch")),
+    ):
+        for name in names:
+            put = getattr(holder, name) if isinstance(getattr(holder, name), type) else lambda *args: None
+            monkeypatch.setattr(holder, name, put)
+    process.run_scheduler_process()
+    assert backends["torch_native"] is cpu_attention.BatchedTorchAttention
+    assert towers["sdpa"] is cpu_attention.SegmentedVisionAttention
