@@ -200,30 +200,45 @@ class PackedBatch:
 
     A prompt that several sequences share may stand there once, as their parent.
 
-    Position t holds the token that is read, ``labels[t]`` the token that is predicted from it, and every other stream
-    speaks of that prediction. Arrays are numpy on the way to a rank; reference log-probs, and ``old_logprobs`` that no
-    reward depends on, are made there and never travel.
+    Position t holds the token that is read; where ``is_action`` is set, the token that is predicted from it is trained,
+    and the streams [N] speak of these predictions, in order. Arrays are numpy on the way to a rank, where each byte is
+    sent to every rank of a replica: integers have 32 bits, and what follows from the rest does not travel. Reference
+    log-probs, and ``old_logprobs`` that no reward depends on, are made on the ranks.
     """
 
-    tokens: np.ndarray  # [T] int64
-    labels: np.ndarray  # [T] int64
-    position_ids: np.ndarray  # [3, T] int64 (multimodal rotary embedding) or [1, T]
+    tokens: np.ndarray  # [T] int32
+    last_labels: np.ndarray  # [S] int32, the token predicted from the last of each sequence; padding where it has none
+    position_ids: np.ndarray  # [3, T] int32 (multimodal rotary embedding) or [1, T]
     cu_seqlens: np.ndarray  # [S + 1] int32, padding behind a sequence counted as its own
     lengths: np.ndarray  # [S] int32, tokens of each sequence that are not padding
     parents: np.ndarray  # [S] int32, the sequence whose tokens come before this one's (a shared prompt); -1: none
-    sequence_ids: np.ndarray  # [T] int64, index into the S sequences
-    loss_weights: np.ndarray  # [T] float32, 0 on prompts, tools and padding
-    advantages: np.ndarray  # [T] float32
-    rollout_logprobs: np.ndarray  # [T] float32
-    expert_mask: np.ndarray  # [T] bool, True where an expert acted
+    is_action: np.ndarray  # [T] bool, False on prompts, tools and padding
+    loss_weights: np.ndarray  # [N] float32, none of them 0
+    advantages: np.ndarray  # [N] float32
+    rollout_logprobs: np.ndarray  # [N] float32
+    expert_mask: np.ndarray  # [N] bool, True where an expert acted
     vision: list[VisionShare | None]  # by context-parallel rank; None: no rank shows an image
-    old_logprobs: np.ndarray | None = None  # [T] float32; None: made on the ranks
-    values: np.ndarray | None = None  # [T] float32; None: there is no critic
-    returns: np.ndarray | None = None  # [T] float32; None: there is no critic
+    old_logprobs: np.ndarray | None = None  # [N] float32; None: made on the ranks
+    values: np.ndarray | None = None  # [N] float32; None: there is no critic
+    returns: np.ndarray | None = None  # [N] float32; None: there is no critic
 
     @property
     def num_actions(self) -> int:
-        return int((self.loss_weights != 0).sum())
+        return len(self.loss_weights)
+
+    @property
+    def labels(self) -> np.ndarray:
+        """[T] int32, the token that is predicted at each position; padding predicts itself."""
+        labels = np.append(self.tokens[1:], self.tokens[:1])
+        ends = self.cu_seqlens[:-1] + self.lengths
+        labels[ends[self.lengths > 0] - 1] = self.last_labels[self.lengths > 0]
+        is_padding = np.arange(len(labels)) >= np.repeat(ends, np.diff(self.cu_seqlens))
+        return np.where(is_padding, self.tokens, labels)
+
+    @property
+    def sequence_ids(self) -> np.ndarray:
+        """[T] int64, index into the S sequences."""
+        return np.repeat(np.arange(len(self.lengths)), np.diff(self.cu_seqlens))
 
 
 @dataclass

@@ -133,71 +133,73 @@ def pack_microbatch(bins: Sequence[Sequence[Sample]], packing: Packing) -> list[
 def _lay_out(samples: Sequence[Sample], packing: Packing) -> tuple[PackedBatch, Media]:
     """``samples`` end to end, and the images they show; none of them gives a bin of padding that weighs nothing."""
     segments, parts = _segments(samples, packing.share_prompts), []
+    actions: list[_Actions] = []
     positions: dict[int, np.ndarray] = {}  # by sample
-    for index, segment in enumerate(segments):
+    for segment in segments:
         sample = segment.sample
-        read, predicted = slice(segment.start, segment.stop), slice(segment.start + 1, segment.stop + 1)
         if id(sample) not in positions:
-            positions[id(sample)] = packing.position_ids(sample.tokens[:-1].astype(np.int64), sample.media)
-
-        length = segment.stop - segment.start
-
-        def stream(values: np.ndarray | None, predicted: slice = predicted, length: int = length) -> np.ndarray:
-            return np.zeros(length, np.float32) if values is None else values[predicted].astype(np.float32)
-
-        part = (
-            sample.tokens[read].astype(np.int64),
-            sample.tokens[predicted].astype(np.int64),
-            np.full(length, index),
-            stream(sample.loss_weights),
-            stream(sample.advantages),
-            stream(sample.rollout_logprobs),
-            stream(sample.expert_mask).astype(bool),
-            np.array([stream(getattr(sample, name)) for name in packing.estimates], np.float32).reshape(-1, length),
-            positions[id(sample)][:, read],
-        )
-        pad = -len(part[0]) % packing.sequence_multiple
-        parts.append(_join([part, _padding(pad, index, packing)]) if pad else part)
+            places = packing.position_ids(sample.tokens[:-1].astype(np.int64), sample.media)
+            positions[id(sample)] = places.astype(np.int32)
+        read, predicted = slice(segment.start, segment.stop), slice(segment.start + 1, segment.stop + 1)
+        is_action = _stream(sample.loss_weights, predicted) != 0
+        part = sample.tokens[read].astype(np.int32), is_action, positions[id(sample)][:, read]
+        streams = [sample.loss_weights, sample.advantages, sample.rollout_logprobs, sample.expert_mask]
+        streams += [getattr(sample, name) for name in packing.estimates]
+        actions.append(np.stack([_stream(values, predicted)[is_action] for values in streams]))
+        pad = -len(is_action) % packing.sequence_multiple
+        parts.append(_join([part, _padding(pad, packing)]) if pad else part)
     parents = [segment.parent for segment in segments]
     lengths = [segment.stop - segment.start for segment in segments]
+    last_labels = [segment.sample.tokens[segment.stop] for segment in segments]
     pad = -sum(len(part[0]) for part in parts) % packing.multiple if parts else packing.multiple
     if pad:
-        parts.append(_padding(pad, len(parts), packing))
+        parts.append(_padding(pad, packing))
+        actions.append(np.zeros((4 + len(packing.estimates), 0), np.float32))
         parents.append(-1)
         lengths.append(0)
-    tokens, labels, ids, weights, advantages, logprobs, expert_mask, estimates, position_ids = _join(parts)
+        last_labels.append(packing.pad_token_id)
+    tokens, is_action, position_ids = _join(parts)
+    weights, advantages, logprobs, expert_mask, *estimates = np.concatenate(actions, axis=1)
     batch = PackedBatch(
         tokens=tokens,
-        labels=labels,
+        last_labels=np.array(last_labels, np.int32),
         position_ids=position_ids,
         cu_seqlens=np.cumsum([0] + [len(part[0]) for part in parts], dtype=np.int32),
         lengths=np.array(lengths, np.int32),
         parents=np.array(parents, np.int32),
-        sequence_ids=ids,
+        is_action=is_action,
         loss_weights=weights,
         advantages=advantages,
         rollout_logprobs=logprobs,
-        expert_mask=expert_mask,
+        expert_mask=expert_mask.astype(bool),
         vision=[],
         **dict(zip(packing.estimates, estimates, strict=True)),
     )
     return batch, Media.concatenate([segment.media for segment in segments])
 
 
-# tokens, labels, sequence ids, weights, advantages, log-probs, experts, estimates [K, length], position ids
-_Streams = tuple[np.ndarray, ...]
+_Streams = tuple[np.ndarray, ...]  # tokens, whether they predict an action, position ids
+_Actions = np.ndarray  # [4 + K, n] float32: weights, advantages, log-probs, experts, K estimates
+
+
+def _stream(values: np.ndarray | None, predicted: slice) -> np.ndarray:
+    """[n] float32 of what is ``predicted``; zeros where a sample has no such stream."""
+    return (
+        np.zeros(predicted.stop - predicted.start, np.float32)
+        if values is None
+        else values[predicted].astype(np.float32)
+    )
 
 
 def _join(parts: Sequence[_Streams]) -> _Streams:
     return tuple(np.concatenate(part, axis=-1) for part in zip(*parts, strict=True))
 
 
-def _padding(length: int, index: int, packing: Packing) -> _Streams:
-    """Tokens of sequence ``index`` that weigh nothing."""
-    tokens, zeros = np.full(length, packing.pad_token_id, np.int64), np.zeros(length, np.float32)
-    places = packing.position_ids(tokens, Media())
-    experts, estimates = np.zeros(length, bool), np.zeros((len(packing.estimates), length), np.float32)
-    return tokens, tokens, np.full(length, index), zeros, zeros, zeros, experts, estimates, places
+def _padding(length: int, packing: Packing) -> _Streams:
+    """Tokens that weigh nothing."""
+    tokens = np.full(length, packing.pad_token_id, np.int32)
+    places = packing.position_ids(tokens.astype(np.int64), Media()).astype(np.int32)
+    return tokens, np.zeros(length, bool), places
 
 
 def pack_bins(samples: Sequence[Sample], packing: Packing, data_parallel_size: int) -> list[list[PackedBatch]]:

@@ -66,8 +66,8 @@ def to_device(
     def tensor(array: np.ndarray) -> Tensor:
         return torch.from_numpy(np.ascontiguousarray(array)).to(device)
 
-    def estimate(array: np.ndarray | None) -> Tensor | None:
-        return None if array is None else tensor(array[actions])
+    def here_of(stream: np.ndarray | None) -> Tensor | None:
+        return None if stream is None else tensor(stream[places])
 
     vision = None
     if pixel_values is not None and (share := batch.vision[cp_rank]) is not None:
@@ -81,27 +81,30 @@ def to_device(
             videos=torch.from_numpy(share.media.is_video),
         )
     here = local_positions(torch.from_numpy(batch.cu_seqlens), cp_size, cp_rank).numpy()
-    rows = np.flatnonzero(batch.loss_weights[here])
+    rows = np.flatnonzero(batch.is_action[here])
     actions = here[rows]
-    identity = (batch.position_ids[0], batch.labels, batch.rollout_logprobs, batch.advantages)
+    places = (np.cumsum(batch.is_action) - 1)[actions]  # of this rank's actions among all of the batch
+    targets = batch.labels[actions].astype(np.int64)
+    identity = (batch.position_ids[0, actions].astype(np.int64), targets)
+    identity += (batch.rollout_logprobs[places], batch.advantages[places])
     return MicroBatch(
-        tokens=torch.from_numpy(batch.tokens)[None],
-        position_ids=tensor(batch.position_ids)[:, None],
+        tokens=torch.from_numpy(batch.tokens).long()[None],
+        position_ids=tensor(batch.position_ids.astype(np.int64))[:, None],
         cu_seqlens=torch.from_numpy(batch.cu_seqlens),
         parents=torch.from_numpy(batch.parents) if (batch.parents >= 0).any() else None,
         vision=vision,
         rows=tensor(rows),
-        places=tensor(np.searchsorted(np.flatnonzero(batch.loss_weights), actions)),
+        places=tensor(places),
         num_actions=batch.num_actions,
-        targets=tensor(batch.labels[actions]),
-        loss_weights=tensor(batch.loss_weights[actions]),
-        advantages=tensor(batch.advantages[actions]),
-        rollout_logprobs=tensor(batch.rollout_logprobs[actions]),
+        targets=tensor(targets),
+        loss_weights=here_of(batch.loss_weights),
+        advantages=here_of(batch.advantages),
+        rollout_logprobs=here_of(batch.rollout_logprobs),
         sequence_ids=tensor(batch.sequence_ids[actions]),
-        num_sequences=len(batch.cu_seqlens) - 1,
-        expert_mask=tensor(batch.expert_mask[actions]),
-        uniform=tensor(action_uniforms(*(stream[actions] for stream in identity), step)),
-        values=estimate(batch.values),
-        returns=estimate(batch.returns),
-        old_logprobs=estimate(batch.old_logprobs),
+        num_sequences=len(batch.lengths),
+        expert_mask=here_of(batch.expert_mask),
+        uniform=tensor(action_uniforms(*identity, step)),
+        values=here_of(batch.values),
+        returns=here_of(batch.returns),
+        old_logprobs=here_of(batch.old_logprobs),
     )

@@ -37,15 +37,25 @@ def sample(length, *, group=0, image=None, start=0):
     )
 
 
+def laid_out(batch, name):
+    """[T]: the stream ``name`` [N] at its places, 0 elsewhere."""
+    values = getattr(batch, name)
+    stream = np.zeros(len(batch.tokens), values.dtype)
+    stream[batch.is_action] = values
+    return stream
+
+
 def test_every_stream_speaks_of_the_token_that_is_predicted():
     batch = pack([sample(4, start=10), sample(7, start=20, image=b"x")], packing(pad_token_id=99))
     # 3 + 6 tokens are read; padded to 12
     np.testing.assert_array_equal(batch.tokens, [10, 11, 12, 20, 21, 22, 23, 24, 25, 99, 99, 99])
     np.testing.assert_array_equal(batch.labels, [11, 12, 13, 21, 22, 23, 24, 25, 26, 99, 99, 99])
-    np.testing.assert_array_equal(batch.loss_weights, [0, 0.5, 0.5, 0, 0.5, 0.5, 0.5, 0.5, 0.5, 0, 0, 0])
-    np.testing.assert_array_equal(batch.advantages, batch.loss_weights * 4)
-    np.testing.assert_array_equal(batch.rollout_logprobs, [0, -2, -3, 0, -2, -3, -4, -5, -6, 0, 0, 0])
-    np.testing.assert_array_equal(batch.expert_mask, [False, False, True] + [False, False, True] + [False] * 6)
+    np.testing.assert_array_equal(laid_out(batch, "loss_weights"), [0, 0.5, 0.5, 0, 0.5, 0.5, 0.5, 0.5, 0.5, 0, 0, 0])
+    np.testing.assert_array_equal(laid_out(batch, "advantages"), laid_out(batch, "loss_weights") * 4)
+    np.testing.assert_array_equal(laid_out(batch, "rollout_logprobs"), [0, -2, -3, 0, -2, -3, -4, -5, -6, 0, 0, 0])
+    np.testing.assert_array_equal(
+        laid_out(batch, "expert_mask"), [False, False, True] + [False, False, True] + [False] * 6
+    )
     np.testing.assert_array_equal(batch.cu_seqlens, [0, 3, 9, 12])
     np.testing.assert_array_equal(batch.parents, [-1, -1, -1])
     np.testing.assert_array_equal(batch.sequence_ids, [0] * 3 + [1] * 6 + [2] * 3)
@@ -67,7 +77,7 @@ def test_estimates_travel_and_come_back_to_their_samples():
         bins = assign_to_bins(samples, how, 2)
         packed = pack_assigned(samples, bins, how)
         assert all(batch.old_logprobs is None and not batch.values.any() for rank in packed for batch in rank)
-        said = [[batch.returns[batch.loss_weights != 0] for batch in rank] for rank in packed]
+        said = [[batch.returns for batch in rank] for rank in packed]
         for one, returned in zip(samples, by_sample(samples, bins, said), strict=True):
             np.testing.assert_array_equal(returned, one.returns[one.loss_mask])
 
@@ -79,9 +89,9 @@ def test_a_shared_prompt_is_laid_out_once():
     # of the prompt 10 11, the last token is read by each sample
     np.testing.assert_array_equal(batch.tokens, [10, 11, 12, 11, 12, 13, 14, 30, 31, 32, 33])
     np.testing.assert_array_equal(batch.labels, [11, 12, 13, 12, 13, 14, 15, 31, 32, 33, 34])
-    np.testing.assert_array_equal(batch.loss_weights, [0, *[0.5] * 6, 0, *[0.5] * 3])
-    np.testing.assert_array_equal(batch.rollout_logprobs, [0, -2, -3, -2, -3, -4, -5, 0, -2, -3, -4])
-    np.testing.assert_array_equal(np.flatnonzero(batch.expert_mask), [2, 4, 9])
+    np.testing.assert_array_equal(laid_out(batch, "loss_weights"), [0, *[0.5] * 6, 0, *[0.5] * 3])
+    np.testing.assert_array_equal(laid_out(batch, "rollout_logprobs"), [0, -2, -3, -2, -3, -4, -5, 0, -2, -3, -4])
+    np.testing.assert_array_equal(np.flatnonzero(laid_out(batch, "expert_mask")), [2, 4, 9])
     np.testing.assert_array_equal(batch.cu_seqlens, [0, 1, 3, 7, 11])
     np.testing.assert_array_equal(batch.parents, [-1, 0, 0, -1])
     np.testing.assert_array_equal(batch.position_ids, [[100, 101, 102, 101, 102, 103, 104, 0, 1, 2, 3]])
@@ -97,7 +107,7 @@ def test_sequences_are_padded_so_that_ranks_can_cut_them():
     np.testing.assert_array_equal(batch.cu_seqlens, [0, 4, 12, 16])
     np.testing.assert_array_equal(batch.lengths, [3, 8, 0])
     np.testing.assert_array_equal(batch.sequence_ids, [0] * 4 + [1] * 8 + [2] * 4)
-    np.testing.assert_array_equal(batch.loss_weights, [0, 0.5, 0.5, 0, 0, *[0.5] * 7, *[0] * 4])
+    np.testing.assert_array_equal(laid_out(batch, "loss_weights"), [0, 0.5, 0.5, 0, 0, *[0.5] * 7, *[0] * 4])
     np.testing.assert_array_equal(batch.position_ids, [[0, 1, 2, 0, *range(100, 108), 0, 1, 2, 3]])
     assert len(pack([], packing(multiple=8, sequence_multiple=4)).tokens) == 8
     # what is padded counts: 4 + 8 fill a bin of 12 tokens
@@ -199,3 +209,23 @@ def test_fewer_samples_than_ranks_and_none_at_all():
 def test_a_sample_that_fits_no_bin_is_named():
     with pytest.raises(ValueError, match=r"t/train/7: 99 tokens.*trainer\.max_tokens_per_microbatch=64"):
         assign_to_bins([sample(100, group=7)], packing(), 1)
+
+
+def test_a_packed_token_is_at_most_28_bytes():
+    """Half prompt, half response, three rows of positions: each byte travels to every rank of a replica."""
+
+    def positions(tokens, media):
+        return np.tile(np.arange(len(tokens)), (3, 1))
+
+    samples = []
+    for group in range(8):
+        one = sample(2048, group=group)
+        one.loss_mask[:1024] = False
+        one.loss_weights = 0.5 * one.loss_mask
+        samples.append(one)
+    batch = pack(samples, packing(max_tokens=1 << 15, position_ids=positions))
+    arrays = [value for value in vars(batch).values() if isinstance(value, np.ndarray)]
+    num_bytes = sum(array.nbytes for array in arrays) / len(batch.tokens)
+    print(f"{num_bytes:.1f} bytes a token")
+    assert num_bytes <= 28
+    assert batch.labels.dtype == np.int32
