@@ -14,6 +14,7 @@ import pytest
 from safetensors.torch import load_file
 
 import examples.tiny_models as tiny
+from megarl.checkpoint.huggingface import HFReader
 from tests.pretend import device, jobs, step
 
 FAMILIES = ["qwen2_vl", "qwen2_5_vl", "qwen3_vl", "qwen3_vl_moe", "llava", "qwen3"]
@@ -97,10 +98,12 @@ def test_float32_equals_the_cpu(family: str, models: Path, runs: Path, float32: 
     for name in ("sums", "validated"):
         assert result[name] == pytest.approx(expected[name], rel=1e-3, abs=1e-3), name
     trained = load_file(runs / "float32" / family / "hf" / "model.safetensors")
+    start = HFReader(models / family)
     assert set(trained) == set(written)
     for name, tensor in trained.items():
-        # a tenth of the learning rate: where a gradient is next to nothing, Adam's first steps amplify its rounding
-        assert float((tensor - written[name]).abs().max()) < 1e-4, name
+        # of the whole tensor: where a gradient is next to nothing, Adam's first steps amplify its rounding
+        error, change = (float((tensor - other).norm()) for other in (written[name], start[name]))
+        assert error < 1e-2 * change, name
 
 
 @pytest.mark.parametrize("family", FAMILIES)
