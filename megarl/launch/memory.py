@@ -295,7 +295,9 @@ def _passing(config: RunConfig, model: Sizes, stage: int) -> dict[str, int]:
     tokens = config.trainer.max_tokens_per_microbatch // parallel.context_parallel_size
     split = tensor if parallel.sequence_parallel else 1
     layer = _activations(config, decoder, config.model.megatron, tokens, rows=tokens // split)
-    result = {"activations": width * layer.kept(how, modules) * _layers_in_flight(config, model, stage)}
+    kept = layer.kept(how, modules) * _layers_in_flight(config, model, stage)
+    kept += 2 * tokens * decoder.hidden  # what comes in before ranks share it, and mcore's buffer where it is gathered
+    result = {"activations": width * kept}
     moments = [layer.passing(how, modules)]  # of a pass, of which the worst counts
     head = 0
     if stage == _last_stage(config):
