@@ -1,11 +1,12 @@
 """Time of a GRPO step, and time to a reward, against TRL's GRPOTrainer with HF generate, on the same two cores.
 
     pip install --no-deps trl==1.16.0
-    python benchmarks/grpo_step_vs_trl.py [--steps 60] [--reward 0.7]
+    python benchmarks/grpo_step_vs_trl.py [--shape digits|vlm] [--steps N] [--only NAME ...]
 
-Both start from the demo's cold start (make demo) and see the same prompts in the same order, 16 x 8 samples a step.
-TRL runs as one process with two threads and as two data-parallel processes with one. Results go to
-benchmarks/results/grpo_step_vs_trl_<cores>_cores.json.
+Both start from the same weights and see the same prompts in the same order. ``digits``: from the demo's cold start
+(make demo), 16 x 8 samples a step, 60 steps. ``vlm``: vlm_shape.py, with the least that a step may take, its
+multiplications at the cores' measured rate. TRL runs as one process with two threads and as two data-parallel processes
+with one. Results go to benchmarks/results/grpo_step_vs_trl_[vlm_]<cores>_cores.json; what ``--only`` left out stays.
 """
 
 from __future__ import annotations
@@ -17,26 +18,54 @@ import platform
 import subprocess
 import sys
 import tempfile
+from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
 from statistics import mean, median
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+
+from benchmarks.step_floor import step_floor  # noqa: E402
+from megarl.experiment import load_experiment  # noqa: E402
+from megarl.registry import load_object  # noqa: E402
 
 RESULTS = Path(__file__).parent / "results"
-WARM_UP = 3  # steps left out of the median
+COLUMNS = ["seconds", "generate and reward", "train", "weight sync", "rest", "answer tokens"]
 WINDOW = 10  # steps over which a reward is averaged
+DATA_2 = ["parallel.tensor_model_parallel_size=1", "trainer.ranks_per_node=2"]
 OURS = {
     "megarl, tensor 2": [],
-    "megarl, data 2": ["parallel.tensor_model_parallel_size=1", "trainer.ranks_per_node=2"],
+    "megarl, tensor 2, 2 engines": ["rollout.num_engines=2"],
+    "megarl, data 2": DATA_2,
+    "megarl, data 2, 2 engines": [*DATA_2, "rollout.num_engines=2"],
 }
-OURS["megarl, data 2, 2 engines"] = [*OURS["megarl, data 2"], "rollout.num_engines=2"]
 PEERS = {"TRL, 1 process x 2 threads": (1, 2), "TRL, 2 processes x 1 thread": (2, 1)}
 Row = dict[str, float]
 
 
-def megarl(overrides: list[str], directory: Path) -> list[Row]:
+@dataclass(frozen=True)
+class Shape:
+    """A model, its prompts and how many steps are measured."""
+
+    experiment: str
+    model: str
+    steps: int
+    warm_up: int  # steps left out of the median
+    reward: float | None  # that both are to reach; None: times only
+
+
+SHAPES = {
+    "digits": Shape("examples/grpo_qwen_vl_digits.py", "runs/sft_digits_seed0/hf", 60, 3, 0.7),
+    "vlm": Shape("benchmarks/vlm_shape.py", "runs/vlm_shape_model", 4, 1, None),
+}
+
+
+def megarl(experiment: str, overrides: list[str], directory: Path) -> list[Row]:
     """Reward and seconds by phase of each step of ``megarl train``."""
     off = ["trainer.eval_prompts=0", f"trainer.run_dir={directory}"]
-    train = [sys.executable, "-m", "megarl.cli", "train", "examples/grpo_qwen_vl_digits.py", *overrides, *off]
+    train = [sys.executable, "-m", "megarl.cli", "train", experiment, *overrides, *off]
     subprocess.run(train, check=True, stdout=sys.stderr)
     rows = []
     for line in (directory / "metrics.jsonl").read_text().splitlines():
@@ -44,28 +73,26 @@ def megarl(overrides: list[str], directory: Path) -> list[Row]:
         phases = {"generate and reward": m["timing_s/gen"], "train": m["timing_s/load"] + m["timing_s/update_actor"]}
         phases["weight sync"] = m["timing_s/update_weights"]
         total = m["timing_s/step"]
-        rows.append(
-            {"seconds": total, "reward": m["critic/score/mean"], **phases, "rest": total - sum(phases.values())}
-        )
+        rows.append({"seconds": total, "reward": m["critic/score/mean"], **phases})
+        rows[-1] |= {"rest": total - sum(phases.values()), "answer tokens": m["response_length/mean"]}
     return rows
 
 
-def trl(overrides: list[str], directory: Path, processes: int, threads: int) -> list[Row]:
+def trl(experiment: str, overrides: list[str], directory: Path, processes: int, threads: int) -> list[Row]:
     """The same of TRL."""
-    out = directory / f"trl_{processes}x{threads}.json"
+    directory.mkdir()
+    out = directory / "rows.json"
     script = [str(Path(__file__).parent / "trl_grpo.py"), "--processes", str(processes), "--threads", str(threads)]
     launch = ["-m", "torch.distributed.run", f"--nproc-per-node={processes}"] if processes > 1 else []
     environment = os.environ | {"OMP_NUM_THREADS": str(threads), "PYTHONWARNINGS": "ignore"}
-    environment["PYTHONPATH"] = os.pathsep.join(
-        [os.getcwd(), *sys.path[1:]]
-    )  # for the experiment: it names its neighbour
-    command = [sys.executable, *launch, *script, "--out", str(out), *overrides]
+    environment["PYTHONPATH"] = os.pathsep.join([os.getcwd(), *sys.path])  # for the experiment: it names its neighbour
+    command = [sys.executable, *launch, *script, "--out", str(out), "--experiment", experiment, *overrides]
     subprocess.run(command, check=True, stdout=sys.stderr, env=environment)
     rows = []
     for m in json.loads(out.read_text()):
         before = {"generate and reward": m["generate"] + m["judge"], "train": m["seconds"] - m["prepare"]}
         rows.append({"seconds": m["seconds"], "reward": m["reward"], **before, "weight sync": 0.0})
-        rows[-1]["rest"] = m["seconds"] - sum(before.values())
+        rows[-1] |= {"rest": m["seconds"] - sum(before.values()), "answer tokens": m["answer tokens"]}
     return rows
 
 
@@ -77,41 +104,74 @@ def time_to(rows: list[Row], reward: float) -> float | None:
     return None
 
 
+def cpu_name() -> str:
+    """As the kernel calls it."""
+    lines = Path("/proc/cpuinfo").read_text().splitlines()
+    return next((line.partition(": ")[2] for line in lines if line.startswith("model name")), platform.machine())
+
+
+def measure(name: str, shape: Shape, overrides: list[str], directory: Path, target: float | None) -> dict[str, Any]:
+    """Medians of ``COLUMNS`` over the steps of one layout, and how the reward rose if it has a ``target``."""
+    if name in OURS:
+        rows = megarl(shape.experiment, [*overrides, *OURS[name]], directory)
+    else:
+        rows = trl(shape.experiment, overrides, directory, *PEERS[name])
+    measured = rows[shape.warm_up :]
+    row = {column: median(r[column] for r in measured) for column in COLUMNS} | {"steps": len(measured)}
+    if target is None:
+        return row
+    last = mean(r["reward"] for r in rows[-WINDOW:])
+    return row | {"seconds_to_reward": time_to(rows, target), "last_rewards": last}
+
+
+def ratios(table: dict[str, Row]) -> dict[str, float]:
+    """How many times as long TRL's faster layout takes as megarl's fastest, for a step and to the reward."""
+    ours, theirs = ([table[name] for name in names if name in table] for names in (OURS, PEERS))
+    if not ours or not theirs:
+        return {}
+    ours, theirs = (min(rows, key=lambda row: row["seconds"]) for rows in (ours, theirs))
+    ratio = {"step": theirs["seconds"] / ours["seconds"]}
+    if ours.get("seconds_to_reward") and theirs.get("seconds_to_reward"):
+        ratio["reward"] = theirs["seconds_to_reward"] / ours["seconds_to_reward"]
+    return ratio
+
+
 def main() -> None:
     arguments = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    arguments.add_argument("--steps", type=int, default=60)
-    arguments.add_argument("--reward", type=float, default=0.7)
-    arguments.add_argument("--model", default="runs/sft_digits_seed0/hf")
+    arguments.add_argument("--shape", choices=SHAPES, default="digits")
+    arguments.add_argument("--steps", type=int)
+    arguments.add_argument("--reward", type=float)
+    arguments.add_argument("--model")
+    arguments.add_argument("--only", nargs="+", choices=[*OURS, *PEERS], default=[*OURS, *PEERS], metavar="NAME")
     args = arguments.parse_args()
-    overrides = [f"model.path={args.model}", f"trainer.num_steps={args.steps}"]
+    shape = SHAPES[args.shape]
+    steps, target = args.steps or shape.steps, args.reward or shape.reward
+    overrides = [f"model.path={args.model or shape.model}", f"trainer.num_steps={steps}"]
+    config = load_experiment(shape.experiment, overrides)
+    if config.model.factory and not Path(config.model.path).is_dir():
+        load_object(config.model.factory)(config.model.path, config.seed)
+    path = RESULTS / f"grpo_step_vs_trl_{'' if args.shape == 'digits' else args.shape + '_'}{os.cpu_count()}_cores.json"
+    table: dict[str, Row] = json.loads(path.read_text())["median_seconds"] if path.is_file() else {}
     with tempfile.TemporaryDirectory(prefix="megarl_vs_trl_") as folder:
-        directory = Path(folder)
-        runs = {}
-        for index, (name, layout) in enumerate(OURS.items()):
-            runs[name] = megarl([*overrides, *layout], directory / f"run{index}")
-        for name, (processes, threads) in PEERS.items():
-            runs[name] = trl(overrides, directory, processes, threads)
-    table: dict[str, Row] = {}
-    columns = ["seconds", "generate and reward", "train", "weight sync", "rest"]
-    print(f"\nmedian seconds of a step, 16 prompts x 8 samples, {args.steps} steps")
-    print(f"{'':30s}" + "".join(f"{name:>21s}" for name in [*columns, f"to reward {args.reward}"]))
-    for name, rows in runs.items():
-        row = {column: median(r[column] for r in rows[WARM_UP:]) for column in columns}
-        reached = time_to(rows, args.reward)
-        table[name] = row | {"seconds_to_reward": reached, "last_rewards": mean(r["reward"] for r in rows[-WINDOW:])}
-        print(f"{name:30s}" + "".join(f"{row[c]:21.3f}" for c in columns) + f"{reached or float('nan'):21.1f}")
-    ours, theirs = (min((table[name] for name in names), key=lambda row: row["seconds"]) for names in (OURS, PEERS))
-    ratio = {"step": theirs["seconds"] / ours["seconds"]}
-    print(f"a step of TRL's, the faster of its two, takes {ratio['step']:.2f}x as long as megarl's fastest", end="")
-    if ours["seconds_to_reward"] and theirs["seconds_to_reward"]:
-        ratio["reward"] = theirs["seconds_to_reward"] / ours["seconds_to_reward"]
-        print(f", the reward {ratio['reward']:.2f}x", end="")
-    print()
-    RESULTS.mkdir(exist_ok=True)
+        for index, name in enumerate(args.only):
+            table[name] = measure(name, shape, overrides, Path(folder) / str(index), target)
+    print(f"\nmedian seconds of a step, {config.data.prompts_per_step} prompts x {config.rollout.group_size} samples")
+    shown = [*COLUMNS, "seconds_to_reward"] if target else COLUMNS
+    print(f"{'':30s}" + "".join(f"{name:>21s}" for name in shown))
+    for name, row in table.items():
+        cells = (f"{'-' if row.get(c) is None else format(row[c], '.3f'):>21s}" for c in shown)
+        print(f"{name:30s}" + "".join(cells))
     packages = {name: version(name) for name in ("torch", "transformers", "trl", "sglang", "megatron-core")}
-    result = {"cores": os.cpu_count(), "machine": platform.processor() or platform.machine(), "packages": packages}
-    result |= {"steps": args.steps, "reward": args.reward, "median_seconds": table, "ratio": ratio}
-    path = RESULTS / f"grpo_step_vs_trl_{os.cpu_count()}_cores.json"
+    result = {"cores": os.cpu_count(), "machine": cpu_name(), "packages": packages}
+    result |= {"steps": steps, "reward": target, "median_seconds": table, "ratio": ratios(table)}
+    for what, ratio in result["ratio"].items():
+        print(f"{what}: TRL's faster layout takes {ratio:.2f}x as long as megarl's fastest")
+    if args.shape == "vlm":
+        answers = round(mean(row["answer tokens"] for row in table.values()))
+        result["floor"] = step_floor(config, answers)
+        floor = "{flops:.3g} operations at the {flops_per_second:.3g} a second that were measured: {seconds:.1f} s"
+        print("floor: " + floor.format(**result["floor"]))
+    RESULTS.mkdir(exist_ok=True)
     path.write_text(json.dumps(result, indent=1) + "\n")
 
 

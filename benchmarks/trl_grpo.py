@@ -1,4 +1,4 @@
-"""TRL's GRPOTrainer (HF generate) on megarl's digits experiment: the peer of grpo_step_vs_trl.py, which starts this."""
+"""TRL's GRPOTrainer (HF generate) on a megarl experiment: the peer of grpo_step_vs_trl.py, which starts this."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ class Clock(TrainerCallback):
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float], **kwargs: Any) -> None:
         if "reward" in logs:
-            self.rows[-1]["reward"] = logs["reward"]
+            self.rows[-1] |= {"reward": logs["reward"], "answer tokens": logs["completions/mean_length"]}
 
     def timed(self, phase: str, method: Callable[..., Any]) -> Callable[..., Any]:
         """``method``, adding its seconds to ``phase``."""
@@ -86,10 +86,11 @@ def main() -> None:
     arguments.add_argument("--threads", type=int)
     arguments.add_argument("--processes", type=int)
     arguments.add_argument("--out", type=Path)
+    arguments.add_argument("--experiment")
     arguments.add_argument("overrides", nargs="*")
     args = arguments.parse_args()
     torch.set_num_threads(args.threads)
-    config = load_experiment("examples/grpo_qwen_vl_digits.py", args.overrides)
+    config = load_experiment(args.experiment, args.overrides)
     processor = load_processor(config.model.path, config)
     data, reward = dataset(config, processor)
     o, a, r = config.optimizer, config.algorithm, config.rollout

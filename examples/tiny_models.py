@@ -132,16 +132,27 @@ def qwen2_vl(path: str | Path, seed: int = 0, num_hidden_layers: int = 3) -> Non
     _qwen_vl(path, seed, "Qwen2VL", _text(num_hidden_layers), vision)
 
 
-def qwen2_5_vl(path: str | Path, seed: int = 0, num_hidden_layers: int = 3) -> None:
-    """Write a random Qwen2.5-VL (about 0.7 M parameters) to ``path``; the directory appears whole or not at all."""
-    vision = VISION | {
+def qwen2_5_vl(
+    path: str | Path,
+    seed: int = 0,
+    num_hidden_layers: int = 3,
+    text: dict[str, Any] | None = None,
+    vision: dict[str, Any] | None = None,
+    max_pixels: int = PIXELS["max_pixels"],
+) -> None:
+    """Write a random Qwen2.5-VL (about 0.7 M parameters) to ``path``; the directory appears whole or not at all.
+
+    ``text`` and ``vision``: fields of the configurations that another size has otherwise.
+    """
+    tower = VISION | {
         "hidden_size": 64,
         "intermediate_size": 128,
         "window_size": 112,
         "fullatt_block_indexes": [1],  # block 0 attends within windows
         "out_hidden_size": 128,
     }
-    _qwen_vl(path, seed, "Qwen2_5_VL", _text(num_hidden_layers), vision)
+    text, vision = _text(num_hidden_layers) | (text or {}), tower | (vision or {})
+    _qwen_vl(path, seed, "Qwen2_5_VL", text, vision, max_pixels)
 
 
 def qwen3_vl(path: str | Path, seed: int = 0, num_hidden_layers: int = 3) -> None:
@@ -183,8 +194,15 @@ def _text(num_hidden_layers: int) -> dict[str, Any]:
     }
 
 
-def _qwen_vl(path: str | Path, seed: int, name: str, text: dict[str, Any], vision: dict[str, Any]) -> None:
-    """``name``: what the classes of transformers begin with."""
+def _qwen_vl(
+    path: str | Path,
+    seed: int,
+    name: str,
+    text: dict[str, Any],
+    vision: dict[str, Any],
+    max_pixels: int = PIXELS["max_pixels"],
+) -> None:
+    """``name``: what the classes of transformers begin with. ``max_pixels``: of an image or a frame."""
     words = tokenizer()
     ids = {token: words.convert_tokens_to_ids(token) for token in SPECIAL_TOKENS}
     end, pad = ids["<|im_end|>"], ids["<|endoftext|>"]
@@ -202,18 +220,19 @@ def _qwen_vl(path: str | Path, seed: int, name: str, text: dict[str, Any], visio
         torch.manual_seed(seed)
         model = getattr(transformers, f"{name}ForConditionalGeneration")(config).float()
     model.generation_config = transformers.GenerationConfig(eos_token_id=[end, pad], pad_token_id=pad)
-    videos = dict(PIXELS)
+    pixels = PIXELS | {"max_pixels": max_pixels}
+    videos = dict(pixels)
     if name.startswith("Qwen3VL"):  # bounds of a video's frames together
         videos["size"] = {"shortest_edge": videos.pop("min_pixels"), "longest_edge": 8 * videos.pop("max_pixels")}
     processor = getattr(transformers, f"{name.removesuffix('Moe')}Processor")(
-        image_processor=transformers.Qwen2VLImageProcessor(**PIXELS),
+        image_processor=transformers.Qwen2VLImageProcessor(**pixels),
         tokenizer=words,
         video_processor=getattr(
             transformers, "Qwen3VLVideoProcessor" if name.startswith("Qwen3VL") else "Qwen2VLVideoProcessor"
         )(**videos),
         chat_template=CHAT_TEMPLATE,
     )
-    _write(Path(path), model, processor, Qwen2VLImageProcessorPil(**PIXELS))
+    _write(Path(path), model, processor, Qwen2VLImageProcessorPil(**pixels))
 
 
 def qwen3(path: str | Path, seed: int = 0, num_hidden_layers: int = 3) -> None:
