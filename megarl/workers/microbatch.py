@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -14,6 +14,30 @@ from megarl.algorithms.selections import action_uniforms
 from megarl.models.common.vision import VisionInputs
 from megarl.parallel.context import local_positions
 from megarl.types import Media, PackedBatch
+from megarl.utils.transfer import send
+
+
+@dataclass
+class Pixels:
+    """Patches of a microbatch's images, which threads decode while the rank computes something else.
+
+    The first rank of a tensor-parallel group decodes for all of it.
+    """
+
+    decoded: Callable[[], Tensor] | None  # waits for the threads: [P, E] float32 on the host; None: received
+    shape: tuple[int, int]  # (P, E)
+    device: torch.device
+    group: ProcessGroup  # tensor parallel
+
+    def on_device(self) -> Tensor:
+        """[P, E] on the device; every rank of the group calls it, in the same order of microbatches."""
+        if self.decoded is None:
+            pixels = torch.empty(self.shape, device=self.device)
+        else:
+            pixels = send(self.decoded(), self.device)
+        if self.group.size() > 1 and pixels.numel():
+            torch.distributed.broadcast(pixels, group=self.group, group_src=0)
+        return pixels
 
 
 @dataclass
@@ -45,13 +69,18 @@ class MicroBatch:
     old_logprobs: Tensor | None = None  # [N] float32, by PolicyWorker.estimate or score
     ref_logprobs: Tensor | None = None  # [N] float32, by PolicyWorker.score
     selected: Tensor | None = None  # [N] bool, by PolicyWorker.score
+    pixels: Pixels | None = None  # of ``vision``, as long as they are not there; None: nothing is decoded
+
+    def shown(self) -> VisionInputs | None:
+        """``vision`` with its pixels on the device, from where they go with the pass; see ``Pixels.on_device``."""
+        return self.vision if self.pixels is None else replace(self.vision, pixel_values=self.pixels.on_device())
 
 
 def to_device(
     batch: PackedBatch,
     *,
     device: torch.device,
-    pixel_values: Callable[[Media], Tensor] | None,
+    decode: Callable[[Media], Pixels] | None,
     vision_group: ProcessGroup,
     cp_size: int = 1,
     cp_rank: int = 0,
@@ -59,7 +88,7 @@ def to_device(
 ) -> MicroBatch:
     """Move ``batch`` to ``device``.
 
-    ``pixel_values`` decodes images and is None on stages that have no vision tower; ``vision_group``: the data- and
+    ``decode`` begins to decode images and is None on stages that have no vision tower; ``vision_group``: the data- and
     context-parallel ranks, which share the images of a microbatch. ``step``: of the run, for random numbers.
     """
 
@@ -69,10 +98,11 @@ def to_device(
     def here_of(stream: np.ndarray | None) -> Tensor | None:
         return None if stream is None else tensor(stream[places])
 
-    vision = None
-    if pixel_values is not None and (share := batch.vision[cp_rank]) is not None:
+    vision = pixels = None
+    if decode is not None and (share := batch.vision[cp_rank]) is not None:
+        pixels = decode(share.media)
         vision = VisionInputs(
-            pixel_values=pixel_values(share.media).to(device),
+            pixel_values=torch.empty(0, pixels.shape[1]),
             grids=torch.from_numpy(share.media.grids),
             sizes=torch.from_numpy(share.media.sizes),
             index=torch.from_numpy(share.index),
@@ -107,4 +137,5 @@ def to_device(
         values=here_of(batch.values),
         returns=here_of(batch.returns),
         old_logprobs=here_of(batch.old_logprobs),
+        pixels=pixels,
     )

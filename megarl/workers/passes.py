@@ -22,6 +22,7 @@ from megatron.core.distributed import DistributedDataParallel  # isort: skip
 from megatron.core.optimizer import MegatronOptimizer  # isort: skip
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler  # isort: skip
 from megatron.core.transformer.module import MegatronModule  # isort: skip
+from megatron.core.utils import get_attr_wrapped_model  # isort: skip
 
 Outputs = tuple[Tensor, Tensor, Any]  # loss, number of actions, what is returned for the microbatch
 After = Callable[[MicroBatch, Tensor], Outputs]  # from the hidden states [T / cp, H] of a microbatch
@@ -89,7 +90,8 @@ def run(chunks: Sequence[nn.Module], microbatches: list[MicroBatch], after: Afte
 
     def forward(iterator: Iterator[MicroBatch], module: nn.Module) -> tuple[Tensor, Callable]:
         m = next(iterator)
-        return module(m.tokens, m.position_ids, m.cu_seqlens, m.vision, m.parents), partial(after, m)
+        vision = m.shown() if get_attr_wrapped_model(module, "pre_process") else None
+        return module(m.tokens, m.position_ids, m.cu_seqlens, vision, m.parents), partial(after, m)
 
     return forward_backward(forward, chunks, microbatches, train=train)
 

@@ -6,9 +6,11 @@ Every public method is called on every rank with the arguments of the rank's dat
 
 from __future__ import annotations
 
+import os
 import time
 from collections import defaultdict
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, nullcontext
 from datetime import timedelta
 from functools import partial
@@ -40,12 +42,12 @@ from megarl.models.common.lora import HF_A, adapters_off, served
 from megarl.models.common.transformer_config import DTYPES
 from megarl.parallel import groups, mcore_cpu
 from megarl.parallel.context import sum_over
-from megarl.types import Estimates, PackedBatch
+from megarl.types import Estimates, Media, PackedBatch
 from megarl.utils.checksum import tensor_checksum
 from megarl.workers.averages import Ema, mix
 from megarl.workers.build import add_adapters, build_model, build_trainable
 from megarl.workers.critic import Critic, action_values, add_value_head, value_losses
-from megarl.workers.microbatch import MicroBatch, to_device
+from megarl.workers.microbatch import MicroBatch, Pixels, to_device
 from megarl.workers.offload import Offload
 from megarl.workers.passes import Outputs, Totals, keep, run, speaks, whole
 from megarl.workers.selection import mark_selected
@@ -56,6 +58,8 @@ mcore_cpu.install()
 
 from megatron.core import parallel_state  # noqa: E402
 from megatron.core.transformer.module import MegatronModule  # noqa: E402
+
+_MAX_DECODERS = 16  # threads of a rank: they are ahead of the device long before that
 
 
 class PolicyWorker:
@@ -69,6 +73,9 @@ class PolicyWorker:
         self.seconds: dict[str, float] = defaultdict(float)
         self.sender = WeightSender(config, rank)
         self.saving: checkpoints.Handle | None = None
+        # for images; more cores than these belong to other ranks, which decode theirs
+        cores = len(os.sched_getaffinity(0)) // max(1, config.world_size // config.trainer.num_nodes)
+        self.threads = ThreadPoolExecutor(max(1, min(cores, _MAX_DECODERS)), thread_name_prefix="decode")
 
     def setup(self, master_address: str, master_port: int) -> None:
         """Join the world, then ``prepare``."""
@@ -135,16 +142,15 @@ class PolicyWorker:
     # ---- one step -------------------------------------------------------------------------------------------------
 
     def load(self, minibatches: list[list[PackedBatch]], step: int | None = None) -> None:
-        """Take this rank's bins of a step, ``[optimizer step][microbatch]``, and decode the images of its share.
+        """Take this rank's bins of a step, ``[optimizer step][microbatch]``, and begin to decode its share of images.
 
         ``step``: of the run, from 0, where the loss may ask for it.
         """
         with self.timer("load"):
-            pixels = self.processor.pixel_values if parallel_state.is_pipeline_first_stage() else None
             place = partial(
                 to_device,
                 device=self.device,
-                pixel_values=pixels,
+                decode=self._decode if parallel_state.is_pipeline_first_stage() else None,
                 vision_group=parallel_state.get_data_parallel_group(with_context_parallel=True),
                 cp_size=parallel_state.get_context_parallel_world_size(),
                 cp_rank=parallel_state.get_context_parallel_rank(),
@@ -152,6 +158,12 @@ class PolicyWorker:
             )
             self.microbatches = [[place(batch) for batch in minibatch] for minibatch in minibatches]
         self.run_step = step
+
+    def _decode(self, media: Media) -> Pixels:
+        """Have threads decode ``media``, one image after the other in the order in which passes need them."""
+        group = parallel_state.get_tensor_model_parallel_group()
+        decoded = self.processor.decode_in(self.threads, media) if group.rank() == 0 else None
+        return Pixels(decoded, (int(media.grids.prod(1).sum()), self.processor.patch_dim), self.device, group)
 
     def estimate(self, batches: list[PackedBatch]) -> list[Estimates] | None:
         """What advantages are made of besides rewards, for each bin; None where it is not computed."""

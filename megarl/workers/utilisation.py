@@ -42,7 +42,7 @@ def microbatch_flops(chunks: Sequence[nn.Module], m: MicroBatch, *, cp_size: int
             flops += forward_flops(weights=chunk.output_weight().numel(), tokens=len(m.rows))
         if m.vision is not None and chunk.pre_process:
             tower = chunk.vision_model.blocks
-            flops += forward_flops(weights=matrix_numbers(tower), tokens=len(m.vision.pixel_values))
+            flops += forward_flops(weights=matrix_numbers(tower), tokens=int(m.vision.grids.prod(1).sum()))
     return training_flops(flops)
 
 

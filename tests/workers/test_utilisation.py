@@ -26,7 +26,7 @@ def counted(directory: str, layout: dict) -> float:
     m = SimpleNamespace(
         cu_seqlens=torch.tensor([0, *LENGTHS]).cumsum(0).int(),
         rows=torch.arange(ACTIONS),
-        vision=SimpleNamespace(pixel_values=torch.zeros(PATCHES, 1)),
+        vision=SimpleNamespace(grids=torch.tensor([[1, 1, PATCHES]])),
     )
     return microbatch_flops(chunks_of(model), m)
 

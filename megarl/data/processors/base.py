@@ -8,7 +8,9 @@ import re
 import threading
 from abc import ABC, abstractmethod
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from concurrent.futures import Executor
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -267,11 +269,22 @@ class Processor(ABC):
 
     def pixel_values(self, media: Media) -> torch.Tensor:
         """[P, E] float32: the patches of all images and videos of ``media``; [0, E] where there are none."""
+        images = zip(media.images, media.grids, media.is_video, strict=True)
+        return self._together(media, [partial(self._cached_patches, *image) for image in images])
+
+    def decode_in(self, threads: Executor, media: Media) -> Callable[[], torch.Tensor]:
+        """Begin to decode ``media`` in ``threads``; what waits for its ``pixel_values``, and keeps them."""
+        images = zip(media.images, media.grids, media.is_video, strict=True)
+        begun = [threads.submit(self._cached_patches, *image).result for image in images]
+        return cache(partial(self._together, media, begun))
+
+    def _together(self, media: Media, decoded: Sequence[Callable[[], torch.Tensor]]) -> torch.Tensor:
+        """The patches that ``decoded`` returns, one call an image; an error names the image."""
         pixels = []
-        for index, (data, grid, video) in enumerate(zip(media.images, media.grids, media.is_video, strict=True)):
+        for index, (patches, grid, video) in enumerate(zip(decoded, media.grids, media.is_video, strict=True)):
             kind = "video" if video else "image"
             try:
-                pixels.append(self._cached_patches(data, grid, video))
+                pixels.append(patches())
             except ValueError as error:
                 raise ValueError(f"{kind} {index} of {len(media.images)}: {error}") from error
             if len(pixels[-1]) != grid.prod():
