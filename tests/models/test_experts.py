@@ -81,7 +81,7 @@ def test_which_layers_have_experts(changes, expected):
         ({}, {"expert_model_parallel_size": 3}, "num_experts=8 cannot be divided by parallel.expert_model_parallel_s"),
         (
             {},
-            TP2,
+            {**TP2, "sequence_parallel": False},
             "parallel.tensor_model_parallel_size=2 of a model with experts needs parallel.seq",
         ),
         ({"num_experts_per_tok": 1}, {}, "num_experts_per_tok=1 must lie above 1"),
