@@ -98,7 +98,7 @@ def test_transformer_engine(models, on_cpu, ranks, tmp_path):
     [
         ["parallel.tensor_model_parallel_size=2", "parallel.sequence_parallel=True"],
         ["parallel.context_parallel_size=2"],
-        ["parallel.pipeline_model_parallel_size=2"],
+        ["parallel.pipeline_model_parallel_size=2", "parallel.pipeline_layout=[2,1]"],
         [],
     ],
     ids=["tp2_sp", "cp2", "pp2", "dp2"],

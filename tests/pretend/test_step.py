@@ -26,7 +26,7 @@ MAX_WAITS = 4  # of the host for the device in a forward pass: fewer than layers
 LAYOUTS = {
     "tp2 sp": ["parallel.tensor_model_parallel_size=2", "parallel.sequence_parallel=True"],
     "cp2": ["parallel.context_parallel_size=2"],
-    "pp2": ["parallel.pipeline_model_parallel_size=2"],
+    "pp2": ["parallel.pipeline_model_parallel_size=2", "parallel.pipeline_layout=[2,1]"],
     "dp2": [],
 }
 
