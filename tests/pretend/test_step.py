@@ -103,7 +103,7 @@ def test_float32_equals_the_cpu(family: str, models: Path, runs: Path, float32: 
     for name, tensor in trained.items():
         # of the whole tensor: where a gradient is next to nothing, Adam's first steps amplify its rounding
         error, change = (float((tensor - other).norm()) for other in (written[name], start[name]))
-        assert error <= 1e-2 * change, name
+        assert error <= max(1e-2 * change, 1e-4), name  # a bias of keys moves by rounding alone
 
 
 @pytest.mark.parametrize("family", FAMILIES)
