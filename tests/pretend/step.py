@@ -59,7 +59,7 @@ def run_all(
     result.validated = totals.sums if totals is not None else {}
     _lend(worker, result)
     written = worker.write_hf(f"{directory}/hf")
-    assert worker.rank != 0 or len(written) == len(result.checksums)
+    assert worker.rank != 0 or set(result.checksums) <= set(written)  # a pipeline stage exports its own
     _save_and_load(worker, minibatches, directory, result)
     result.misplaced = _misplaced(worker)
     return asdict(result)

@@ -19,6 +19,7 @@ from tests.pretend import device, jobs, step
 
 FAMILIES = ["qwen2_vl", "qwen2_5_vl", "qwen3_vl", "qwen3_vl_moe", "llava", "qwen3"]
 DENSE = [family for family in FAMILIES if family != "qwen3_vl_moe"]  # the router's kernels are not stood in for
+VARLEN = ["qwen2_5_vl", "qwen3_vl_moe"]  # the others take the same kernel in Transformer Engine's specification
 OVERRIDES = ["trainer.max_tokens_per_microbatch=256"]
 BFLOAT16 = [*OVERRIDES, "model.dtype=bfloat16"]
 TE = [*BFLOAT16, "model.transformer_impl=transformer_engine"]
@@ -60,7 +61,14 @@ def float32(models: Path, runs: Path) -> dict[str, dict]:
 
 @pytest.fixture(scope="session")
 def bfloat16(models: Path, runs: Path) -> dict[str, dict]:
-    (results,) = jobs.start(runs / "bfloat16", cases(models, FAMILIES, BFLOAT16))
+    (results,) = jobs.start(runs / "bfloat16", cases(models, VARLEN, BFLOAT16))
+    return results
+
+
+@pytest.fixture(scope="session")
+def bfloat16_others(models: Path, runs: Path) -> dict[str, dict]:
+    others = [family for family in FAMILIES if family not in VARLEN]
+    (results,) = jobs.start(runs / "bfloat16_others", cases(models, others, BFLOAT16))
     return results
 
 
@@ -106,19 +114,26 @@ def test_float32_equals_the_cpu(family: str, models: Path, runs: Path, float32: 
         assert error <= max(1e-2 * change, 1e-4), name  # a bias of keys moves by rounding alone
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", VARLEN)
 def test_bfloat16(family: str, bfloat16: dict, float32: dict) -> None:
     """The varlen kernel's path, and float32's numbers but for rounding."""
     check(bfloat16[family])
     assert bfloat16[family]["grad_norm"] == pytest.approx(float32[family]["grad_norm"], rel=0.1)
 
 
+@pytest.mark.slow
+def test_bfloat16_of_the_other_families(bfloat16_others: dict, float32: dict) -> None:
+    for family, result in bfloat16_others.items():
+        check(result)
+        assert result["grad_norm"] == pytest.approx(float32[family]["grad_norm"], rel=0.1), family
+
+
 @pytest.mark.parametrize("family", DENSE)
-def test_transformer_engine(family: str, transformer_engine: dict, bfloat16: dict) -> None:
+def test_transformer_engine(family: str, transformer_engine: dict, float32: dict) -> None:
     """TE 2.11's constructors and forwards are given what they know, and the numbers are those of our own layers."""
     check(transformer_engine[family])
     assert transformer_engine[family]["attention_calls"] > 0
-    assert transformer_engine[family]["grad_norm"] == pytest.approx(bfloat16[family]["grad_norm"], rel=0.05)
+    assert transformer_engine[family]["grad_norm"] == pytest.approx(float32[family]["grad_norm"], rel=0.1)
 
 
 @pytest.mark.parametrize(
@@ -129,7 +144,7 @@ def test_transformer_engine(family: str, transformer_engine: dict, bfloat16: dic
         pytest.param("qwen3_vl", ["tp2 sp", "cp2", "pp2", "dp2"], marks=pytest.mark.slow),
     ],
 )
-def test_two_ranks(family: str, layouts: list[str], models: Path, runs: Path, bfloat16: dict) -> None:
+def test_two_ranks(family: str, layouts: list[str], models: Path, runs: Path, float32: dict) -> None:
     ranks = jobs.start(
         runs / f"{family}_ranks",
         [
@@ -144,4 +159,4 @@ def test_two_ranks(family: str, layouts: list[str], models: Path, runs: Path, bf
         norms = [rank[layout]["grad_norm"] for rank in ranks]
         speaking = [norm for norm in norms if norm is not None]
         assert speaking, layout
-        assert all(math.isclose(norm, bfloat16[family]["grad_norm"], rel_tol=0.1) for norm in speaking), layout
+        assert all(math.isclose(norm, float32[family]["grad_norm"], rel_tol=0.1) for norm in speaking), layout
