@@ -34,6 +34,7 @@ _EXTERNAL_PROCESSORS = (  # architectures whose prompts rollout.external_process
 )
 _EXTERNAL_MODELS = (*_EXTERNAL_PROCESSORS, "Qwen2_5_VLForConditionalGeneration")  # of rollout.external_models
 _ADAPTER = "policy"  # what SGLang calls it
+_MAX_DECODERS = 8  # threads that decode images
 _POLL_S = 0.2  # between looks at the engine's processes
 _IDLE_TIMEOUT_S = 60.0  # from the last response until the scheduler has put everything away
 
@@ -164,7 +165,9 @@ class EngineActor:
         self._deterministic = config.debug.deterministic
         self._top_p, self._top_k = config.rollout.top_p, config.rollout.top_k
         self._bias = {str(token): -math.inf for token in self._processor.banned_token_ids}
-        self._pixels_thread = ThreadPoolExecutor(max_workers=1)
+        dtype = getattr(torch, config.rollout.dtype or config.model.params_dtype)
+        self._pixels_dtype = dtype  # the tower's first layer rounds them to it anyway: half of the bytes on their way
+        self._decoders = ThreadPoolExecutor(min(_MAX_DECODERS, len(os.sched_getaffinity(0))))
         # SGLang names its sockets after temporary files and leaves both behind
         self._sockets = tempfile.TemporaryDirectory(prefix="megarl-engine-", ignore_cleanup_errors=True)
         tempfile.tempdir = self._sockets.name
@@ -396,9 +399,14 @@ class EngineActor:
 
         def shown() -> dict[str, Any]:
             processor = self._processor
-            return {"image_data": processor.engine_inputs(media), "video_data": processor.engine_videos(media)}
+            made = {"image_data": processor.engine_inputs(media), "video_data": processor.engine_videos(media)}
+            for inputs in (one for given in made.values() for one in given):
+                for name in ("pixel_values", "pixel_values_videos"):
+                    if name in inputs:
+                        inputs[name] = inputs[name].to(self._pixels_dtype)
+            return made
 
-        return await asyncio.get_running_loop().run_in_executor(self._pixels_thread, shown)
+        return await asyncio.get_running_loop().run_in_executor(self._decoders, shown)
 
     async def _submit(
         self,
