@@ -112,12 +112,14 @@ def cpu_name() -> str:
 
 def measure(name: str, shape: Shape, overrides: list[str], directory: Path, target: float | None) -> dict[str, Any]:
     """Medians of ``COLUMNS`` over the steps of one layout, and how the reward rose if it has a ``target``."""
+    load = os.getloadavg()[0]  # what else the machine does
     if name in OURS:
         rows = megarl(shape.experiment, [*overrides, *OURS[name]], directory)
     else:
         rows = trl(shape.experiment, overrides, directory, *PEERS[name])
     measured = rows[shape.warm_up :]
-    row = {column: median(r[column] for r in measured) for column in COLUMNS} | {"steps": len(measured)}
+    row = {column: median(r[column] for r in measured) for column in COLUMNS}
+    row |= {"steps": len(measured), "load before": load}
     if target is None:
         return row
     last = mean(r["reward"] for r in rows[-WINDOW:])
