@@ -86,6 +86,7 @@ def engine_environment(config: RunConfig, device: str) -> dict[str, str]:
         "SGLANG_VLM_CACHE_SIZE_MB": "0",  # its cache of image embeddings outlives weight updates
         "PYTHONWARNINGS": "ignore::UserWarning",  # each of its processes prints a page while it imports
         "TQDM_DISABLE": "1",
+        "SGLANG_MM_PRECOMPUTE_HASH": "1",  # of pixels, once a prompt: schedulers would do it for each sample
     }
     if config.trainer.placement == "colocated" and "cuda_graph" in config.rollout.release:
         environment["SGLANG_MEMORY_SAVER_CUDA_GRAPH"] = "1"  # its memory saver leaves them alone else
@@ -210,15 +211,16 @@ class EngineActor:
             "stop_token_ids": list(self._processor.eos_token_ids),
             "logit_bias": self._bias or None,
         }
-        if request.batch is None:
-            outputs = await self._submit(request.tokens, shown, parameters | {"n": request.num_samples})
-        else:
-            batch = request.batch
-            calls = []
-            for offset, seed in enumerate(request.seeds or []):
-                rid = self._sglang.batch_rid(batch.name, batch.index + offset, batch.total)
-                calls.append(self._submit(request.tokens, shown, parameters | {"sampling_seed": seed}, rid=rid))
-            outputs = [output for answer in await asyncio.gather(*calls) for output in answer]
+        with self._sglang.shared_pixels.lend():
+            if request.batch is None:
+                outputs = await self._submit(request.tokens, shown, parameters | {"n": request.num_samples})
+            else:
+                batch = request.batch
+                calls = []
+                for offset, seed in enumerate(request.seeds or []):
+                    rid = self._sglang.batch_rid(batch.name, batch.index + offset, batch.total)
+                    calls.append(self._submit(request.tokens, shown, parameters | {"sampling_seed": seed}, rid=rid))
+                outputs = [output for answer in await asyncio.gather(*calls) for output in answer]
         return [self._response(request, output) for output in outputs]
 
     async def score(self, tokens: np.ndarray, media: Media) -> np.ndarray:
@@ -229,7 +231,8 @@ class EngineActor:
         """
         shown = await self._shown(media)
         parameters = {"temperature": 1.0, "max_new_tokens": 0}
-        (output,) = await self._submit(tokens, shown, parameters, logprob_start_len=0)
+        with self._sglang.shared_pixels.lend():
+            (output,) = await self._submit(tokens, shown, parameters, logprob_start_len=0)
         values = output["meta_info"]["input_token_logprobs"][1:]
         logprobs = np.array([value for value, _, _ in values], np.float32)
         if len(logprobs) != len(tokens) - 1:

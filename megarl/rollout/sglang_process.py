@@ -44,12 +44,13 @@ from sglang.srt.model_executor import model_runner  # noqa: E402
 from sglang.srt.runtime_context import get_context  # noqa: E402
 from sglang.srt.utils.weight_checker import ChecksumInfo, WeightChecker  # noqa: E402
 
-from megarl.rollout import cpu_memory  # noqa: E402
+from megarl.rollout import cpu_memory, shared_pixels  # noqa: E402
 from megarl.rollout.cpu_attention import BatchedTorchAttention, SegmentedVisionAttention  # noqa: E402
 from megarl.rollout.live_weights import Held, checksums, held_adapters, held_weights  # noqa: E402
 
 if ON_CPU:
     cpu_memory.install()
+shared_pixels.install()
 
 
 class KnownLoRAManager(LoRAManager):

@@ -1,6 +1,7 @@
 """The engine against Hugging Face: log-probs, banned ids, weight updates by every transport, checksums."""
 
 import socket
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -82,6 +83,30 @@ def test_samples_of_a_prompt_differ_and_stop_at_the_end_token(pool, processor):
     assert stopped
     assert all(r.tokens[-1] in processor.eos_token_ids for r in stopped)
     assert all(len(r.tokens) == 400 for r in responses if r.finish_reason == "length")
+
+
+def count_writes(actor):
+    """In the engine's process: count what is written into shared memory from now on."""
+    from sglang.srt.managers.mm_utils import ShmPointerMMData
+
+    write, actor.writes = ShmPointerMMData.__init__, []
+
+    def counted(pointer, tensor, *args, **kwargs):
+        actor.writes.append(tensor.nbytes)
+        write(pointer, tensor, *args, **kwargs)
+
+    ShmPointerMMData.__init__ = counted
+
+
+def test_pixels_are_written_once_for_all_samples(pool, processor):
+    """Two images of one prompt: SGLang alone would write them again for each of five samples."""
+    pid = ray.get(pool.engine.ping.remote())["pid"]
+    ray.get(pool.engine.__ray_call__.remote(count_writes))
+    encoded = prompt(processor, 2, 77)
+    responses = sample(pool.engine, encoded, num_samples=5)
+    assert len({response.tokens.tobytes() for response in responses}) == 5
+    assert len(ray.get(pool.engine.__ray_call__.remote(lambda actor: actor.writes))) == 2
+    assert not list(Path("/dev/shm").glob(f"sgl_shm_mm_{pid}_*"))
 
 
 def test_greedy_takes_the_most_likely_token(pool, models, processor):
