@@ -60,6 +60,20 @@ class RewardConfig:
         check_not_negative("rewards", self, "num_workers")
 
 
+# ServerArgs that placement and the turns of memory rely on, and where they are said
+_ENGINE_OWNED = {
+    "tp_size": "rollout.tensor_parallel_size",
+    "dp_size": "rollout.num_engines",
+    "pp_size": "rollout.tensor_parallel_size",
+    "nnodes": "rollout.tensor_parallel_size",
+    "base_gpu_id": "trainer.placement",
+    "gpu_id_step": "trainer.placement",
+    "enable_memory_saver": "trainer.placement",
+    "model_path": "model.path",
+    "dtype": "rollout.dtype",
+}
+
+
 @dataclass
 class RolloutConfig:
     group_size: int = 8  # samples of one prompt
@@ -90,6 +104,9 @@ class RolloutConfig:
             raise ValueError(f"rollout.top_k={self.top_k} must be positive, or -1 for all tokens")
         if not 0 < self.top_p <= 1:
             raise ValueError(f"rollout.top_p={self.top_p} must lie in (0, 1]")
+        for name, key in _ENGINE_OWNED.items():
+            if name in self.engine:
+                raise ValueError(f"rollout.engine.{name}: say it with {key}")
         if self.dtype:
             check_choice("rollout.dtype", self.dtype, ["float32", "bfloat16"])
 

@@ -177,11 +177,12 @@ class Usage:
 
     training: dict[str, int]  # at the peak of a forward and backward pass
     sending: dict[str, int]  # while engines get weights; colocated ones have room for these then
+    saving: dict[str, int]  # a checkpoint between two steps, while colocated engines keep their weights
 
     @property
     def phase(self) -> dict[str, int]:
         """The parts of the phase that needs most."""
-        return max(self.training, self.sending, key=lambda parts: sum(parts.values()))
+        return max(self.training, self.sending, self.saving, key=lambda parts: sum(parts.values()))
 
     @property
     def peak(self) -> int:
@@ -203,9 +204,10 @@ def _stage(config: RunConfig, model: Sizes, stage: int) -> Usage:
     kept = {part: size for part, size in static.items() if _MOVED.get(part) not in away}
     bucket = max(config.weight_sync.bucket_bytes, _engine_width(config) * model.vocabulary * model.decoder.hidden)
     sending = {"buckets": round(2.25 * bucket)}  # shards, gathered ones and whole tensors
+    saving = {part: size for part, size in static.items() if part != "gradients"}
     if colocated:
-        sending["engine, weights"] = engine_weights(config, model)
-    return Usage(static | _passing(config, model, stage) | reserve, kept | sending | reserve)
+        sending["engine, weights"] = saving["engine, weights"] = engine_weights(config, model)
+    return Usage(static | _passing(config, model, stage) | reserve, kept | sending | reserve, saving | reserve)
 
 
 def _width(config: RunConfig) -> int:

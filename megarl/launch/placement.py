@@ -110,11 +110,13 @@ def _ranks_per_node(config: RunConfig, nodes: list[Node], kind: str, engines: bo
         # as many as the fullest of the nodes that are needed has, in whole replicas of the model
         free = sorted((node.free for node in nodes), reverse=True)[: trainer.num_nodes]
         room = min(free)
-        if kind == "split" and engines and trainer.num_nodes == len(nodes):
-            tensor = config.rollout.tensor_parallel_size
+        tensor = config.rollout.tensor_parallel_size
+        if kind == "split" and engines and trainer.num_nodes >= sum(node.free >= tensor for node in nodes):
             wanted = -(-config.rollout.num_engines // trainer.num_nodes) * tensor
             room -= wanted or max(tensor, room // 2 // tensor * tensor)
         whole = parallel.smallest_world // math.gcd(parallel.smallest_world, trainer.num_nodes)
+        if trainer.num_nodes > 1:
+            whole = math.lcm(whole, parallel.tensor_model_parallel_size * parallel.context_parallel_size)
         share = max(room // whole * whole, whole)
     group = parallel.tensor_model_parallel_size * parallel.context_parallel_size
     if trainer.num_nodes > 1 and share % group:
@@ -247,6 +249,12 @@ def _resolved(config: RunConfig, decided: Plan) -> RunConfig:
         raise ValueError(
             "weight_sync.transport=broadcast: NCCL has no group with a rank and an engine on the same GPU; with "
             "trainer.placement=colocated use tensor or disk (auto chooses)"
+        )
+    kept = {"weights", "kv_cache"} - set(config.rollout.release)
+    if colocated and decided.on_gpus and kept:
+        raise ValueError(
+            f"rollout.release={list(config.rollout.release)}: colocated engines must lend {' and '.join(sorted(kept))} "
+            "too, or the ranks have no room to train (trainer.placement=split keeps them apart)"
         )
     if transport == "auto":
         transport = "tensor" if near else "broadcast"

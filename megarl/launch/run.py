@@ -55,6 +55,7 @@ def _fit(trainer_class: type[RLTrainer] | type[SFTTrainer], config: RunConfig) -
             hint = f"; the same command goes on from {newest}" if newest is not None else ""
             raise WorkerError(f"{error}{hint}") from error
         except Exception:
+            trainer.end_rollouts()
             run.rescue(trainer.workers, trainer.step, trainer.state_dict())
             raise
         finally:

@@ -254,9 +254,12 @@ class EngineActor:
         They may come from several callers, each with those of the engine's ranks on its own GPU; all of them return
         when the bucket is loaded. A caller sends its next bucket after that.
         """
-        wrong = [rank for rank in payloads if not 0 <= rank < self._tensor_parallel_size or rank in self._payloads]
+        wrong = [rank for rank in payloads if not 0 <= rank < self._tensor_parallel_size]
         if wrong or not payloads:
             raise ValueError(f"{self._name} has {self._tensor_parallel_size} ranks and got payloads for {wrong}")
+        if any(rank in self._payloads for rank in payloads):  # of a bucket that another rank never sent
+            self._payloads = {}
+            self._loading.set_exception(RuntimeError(f"{self._name}: a bucket of weights was given up"))
         if not self._payloads:
             self._loading = asyncio.get_running_loop().create_future()
         loading = self._loading

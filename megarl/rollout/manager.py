@@ -339,6 +339,8 @@ class _Rollout:
             self.calls = {call: place for call, place in self.calls.items() if place[0] != engine}
         # a new engine gets its weights from ranks, which have no memory while colocated engines generate
         turns = self._manager._placement.kind == "colocated"
+        for engine in self._dead:  # one that only hung would not lend its memory while another is replaced
+            ray.kill(self._handles[engine])
         for engine, cause in list(self._dead.items()) if not (turns and self.calls) else []:
             del self._dead[engine]
             self._manager.replace(engine, self._handles[engine], cause)

@@ -205,6 +205,12 @@ class RLTrainer:
         """What a resumed run needs beyond the weights, as of the last finished step."""
         return self.state
 
+    def end_rollouts(self) -> None:
+        """Let a failed run be saved: colocated engines that still generate would keep the ranks' memory."""
+        if self.turns.shared:
+            self.turns.rollout = None
+            self.rollout.shutdown()
+
     def close(self) -> None:
         """End the engines, the reward processes and the ranks."""
         self.rollout.shutdown()

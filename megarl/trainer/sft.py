@@ -146,6 +146,9 @@ class SFTTrainer:
         """What a resumed run needs beyond the weights, as of the last finished step."""
         return self.state
 
+    def end_rollouts(self) -> None:
+        """There are none."""
+
     def close(self) -> None:
         """End the ranks."""
         self.workers.shutdown()

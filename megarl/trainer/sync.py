@@ -178,7 +178,7 @@ class WeightSync:
     def _send_files(self, engines: list[ActorHandle], version: int, **options: bool) -> dict[str, str]:
         directory = Path(self.config.trainer.run_dir).resolve() / "weight_sync"
         shutil.rmtree(directory, ignore_errors=True)
-        sent = self.workers.call("write_hf", str(directory), **options)[0]
+        sent = self.workers.call("write_hf", str(directory), served=True, **options)[0]
         loading = [engine.update_weights_from_disk.remote(str(directory), version) for engine in engines]
         ray.get(loading, timeout=self.config.rollout.timeout_s)
         shutil.rmtree(directory)

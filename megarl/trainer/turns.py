@@ -67,7 +67,7 @@ class Turns:
         return metrics
 
     def _ranks(self, parts: list[str]) -> None:
-        if parts:
+        if parts or self.shared:  # also without parts: caches of what is no longer used
             with self._timer("offload"):
                 self._note("offloaded", self.workers.release(parts) / 1e9)
 

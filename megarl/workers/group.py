@@ -140,11 +140,11 @@ class WorkerGroup:
         return merge([totals for totals in self.call("train") if totals is not None])
 
     def release(self, parts: Sequence[str]) -> int:
-        """Move ``parts`` of ``trainer.offload`` to host memory; the most bytes that a rank freed.
+        """Move ``parts`` of ``trainer.offload`` to host memory, and empty caches; the most bytes that a rank freed.
 
         Ranks take back what they need when they need it.
         """
-        return max(self.call("release", list(parts))) if parts else 0
+        return max(self.call("release", list(parts)))
 
     def validate(self, bins: list[list[PackedBatch]]) -> dict[str, float]:
         """The loss over ``[data-parallel rank][microbatch]`` without training."""

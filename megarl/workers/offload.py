@@ -63,7 +63,7 @@ class Offload:
                     self._park(key, storage, keep=part != "gradients") for key, storage in self._find(part).items()
                 ]
                 freed += sum(parked.num_bytes for parked in self.parked[part])
-        if freed and torch.cuda.is_available():
+        if torch.cuda.is_available():
             torch.cuda.synchronize()
             torch.cuda.ipc_collect()  # buckets of weights that engines have read
             torch.cuda.empty_cache()

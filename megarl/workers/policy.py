@@ -387,17 +387,20 @@ class PolicyWorker:
     def _engine_dtype(self) -> torch.dtype:
         return getattr(torch, self.config.rollout.dtype or self.config.model.params_dtype)
 
-    def write_hf(self, directory: str, *, merged: bool = True, average: bool = False) -> dict[str, str]:
+    def write_hf(
+        self, directory: str, *, merged: bool = True, average: bool = False, served: bool = False
+    ) -> dict[str, str]:
         """Write the policy, with its adapters if ``merged``, or its ``average``, as a Hugging Face directory.
 
-        Every rank calls it; rank 0 writes and has the checksums.
+        ``served``: in the precision of the engines. Every rank calls it; rank 0 writes and has the checksums.
         """
         self.offload.restore("parameters")
         with self.ema.applied() if average else nullcontext(), nullcontext() if merged else adapters_off(self.model):
-            return self._write_hf(directory)
+            return self._write_hf(directory, self._engine_dtype if served else DTYPES[self.config.model.params_dtype])
 
-    def _write_hf(self, directory: str) -> dict[str, str]:
-        tensors = export_to_rank_zero(self.model, self.mappings, bucket_bytes=self.config.weight_sync.bucket_bytes)
+    def _write_hf(self, directory: str, dtype: torch.dtype) -> dict[str, str]:
+        size = self.config.weight_sync.bucket_bytes
+        tensors = export_to_rank_zero(self.model, self.mappings, bucket_bytes=size, dtype=dtype)
         sent: dict[str, str] = {}
 
         def noting() -> Iterator[tuple[str, Tensor]]:
@@ -406,7 +409,7 @@ class PolicyWorker:
                 yield name, tensor
 
         if self.rank == 0:
-            write_hf(directory, noting(), self.hf_dir, dtype=DTYPES[self.config.model.params_dtype])
+            write_hf(directory, noting(), self.hf_dir, dtype=dtype)
         else:
             for _ in tensors:
                 pass

@@ -10,13 +10,13 @@ from functools import partial
 import ray
 import torch
 from ray.actor import ActorHandle
-from ray.exceptions import RayActorError
+from ray.exceptions import RayError
 
 from megarl.checkpoint.export import Bucket
 from megarl.config import RunConfig
 from megarl.utils.checksum import tensor_checksum
 from megarl.utils.network import free_port
-from megarl.weight_sync.broadcast import abort_group, broadcast_bucket, create_group, destroy_group, layout
+from megarl.weight_sync.broadcast import abort_group, broadcast_bucket, create_group, layout
 from megarl.weight_sync.shared import share_bucket
 
 
@@ -160,11 +160,11 @@ class WeightSender:
         self.audience = list(engines)
 
     def _part(self) -> None:
-        """Leave the last group, with all engines that still live."""
+        """Leave the last group, in which an engine died; those that live do too."""
         left = [engine.destroy_broadcast.remote(self.broadcast_name) for engine in self.audience]
-        destroy_group(self.broadcast_group)
+        abort_group(self.broadcast_group)
         for answer in left:
-            with suppress(RayActorError):  # this engine's death is why there is a new group
+            with suppress(RayError):  # this engine's death is why there is a new group
                 ray.get(answer, timeout=self.config.rollout.timeout_s)
 
     def _abandon(self) -> None:

@@ -18,12 +18,18 @@ def nodes(*free, gpus=8):
     return [Node(f"id{i}", f"10.0.0.{i + 1}", gpus, number) for i, number in enumerate(free)]
 
 
-def run_of(*, tensor=1, pipeline=1, context=1, engine_tensor=1, num_engines=0, transport="auto", **trainer):
+def run_of(
+    *, tensor=1, pipeline=1, context=1, engine_tensor=1, num_engines=0, transport="auto", release=None, **trainer
+):
     return RunConfig(
         parallel=ParallelConfig(
             tensor_model_parallel_size=tensor, pipeline_model_parallel_size=pipeline, context_parallel_size=context
         ),
-        rollout=RolloutConfig(tensor_parallel_size=engine_tensor, num_engines=num_engines),
+        rollout=RolloutConfig(
+            tensor_parallel_size=engine_tensor,
+            num_engines=num_engines,
+            **({} if release is None else {"release": release}),
+        ),
         weight_sync=WeightSyncConfig(transport=transport),
         trainer=TrainerConfig(**trainer),
     )
@@ -48,6 +54,9 @@ def run_of(*, tensor=1, pipeline=1, context=1, engine_tensor=1, num_engines=0, t
         # the only node with 8 free GPUs has the ranks, engines find their neighbours on the others
         (run_of(placement="split", engine_tensor=4), [4, 8, 3], "split", 8, [[(0, 0), (0, 1), (0, 2), (0, 3)]]),
         (run_of(tensor=4, num_nodes=8), [8] * 8, "colocated", 64, [[(n, i)] for n in range(8) for i in range(8)]),
+        # another job's GPUs: whole tensor-parallel groups of what is left on both nodes
+        (run_of(tensor=2, num_nodes=2), [8, 7], "colocated", 12, [[(n, i)] for n in range(2) for i in range(6)]),
+        (run_of(placement="split"), [8, 0], "split", 4, [[(0, i)] for i in range(4, 8)]),
         (run_of(tensor=3), [8], "colocated", 6, [[(0, i)] for i in range(6)]),  # whole replicas
         (
             run_of(tensor=8, pipeline=2, num_nodes=2),
@@ -85,7 +94,7 @@ def test_plan(config, free, kind, world, engines):
         (run_of(placement="colocated", num_engines=9), [8], ["rollout.num_engines=9", "room for 8"]),
         (run_of(tensor=4, num_nodes=2, ranks_per_node=6), [8, 8], ["trainer.ranks_per_node=6", "split over nodes"]),
         (run_of(context=3, num_nodes=3, ranks_per_node=8), [8] * 3, ["parallel.context_parallel_size=3"]),
-        (run_of(tensor=8, num_nodes=2), [8, 4], ["trainer.ranks_per_node=4", "10.0.0.2: 4 of 8"]),
+        (run_of(tensor=8, num_nodes=2), [8, 4], ["8 free GPU", "10.0.0.2: 4 of 8"]),
     ],
 )
 def test_what_cannot_be_placed_is_refused_with_node_wanted_and_free(config, free, words):
@@ -99,6 +108,7 @@ def test_what_cannot_be_placed_is_refused_with_node_wanted_and_free(config, free
     [
         (run_of(placement="split", transport="tensor"), "weight_sync.transport=tensor"),
         (run_of(transport="broadcast"), "weight_sync.transport=broadcast"),
+        (run_of(release=["kv_cache"]), "rollout.release=.*weights too"),
     ],
 )
 def test_a_transport_that_the_placement_rules_out_is_refused(config, key):
