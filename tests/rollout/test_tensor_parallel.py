@@ -42,7 +42,9 @@ def test_the_parts_of_two_ranks_are_the_tensors(cluster, tmp_path, kind):
         (engine,) = manager.engines
         assert ray.get(engine.checksums.remote()) == checksums(tensors(paths[0]))
         named = tensors(paths[1])
-        ray.get(engine.update_weights_from_shared.remote(share_bucket(list(named.items()), 2), 1, True))
+        # from two callers, as each rank of a trainer sends to the engine's rank on its own GPU
+        calls = [{rank: payload} for rank, payload in enumerate(share_bucket(list(named.items()), 2))]
+        ray.get([engine.update_weights_from_shared.remote(payloads, 1) for payloads in calls])
         assert ray.get(engine.checksums.remote()) == checksums(named)
     finally:
         manager.shutdown()
