@@ -276,7 +276,13 @@ class Processor(ABC):
         """Begin to decode ``media`` in ``threads``; what waits for its ``pixel_values``, and keeps them."""
         images = zip(media.images, media.grids, media.is_video, strict=True)
         begun = [threads.submit(self._cached_patches, *image).result for image in images]
-        return cache(partial(self._together, media, begun))
+
+        def together() -> torch.Tensor:
+            pixels = self._together(media, begun)
+            begun.clear()  # each of them holds its image's patches a second time
+            return pixels
+
+        return cache(together)
 
     def _together(self, media: Media, decoded: Sequence[Callable[[], torch.Tensor]]) -> torch.Tensor:
         """The patches that ``decoded`` returns, one call an image; an error names the image."""
