@@ -482,6 +482,9 @@ def main() -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(day, indent=1) + "\n")
     print(f"{path} in {day['seconds']} s")
+    failed = [name for name, result in day["parts"].items() if "error" in result]
+    if failed:
+        sys.exit(f"failed: {', '.join(failed)}; why is in {path}")
 
 
 if __name__ == "__main__":
