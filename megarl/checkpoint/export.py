@@ -2,8 +2,7 @@
 
 A layer with adapters gives its matrix with their product added, in a tensor of its own: the model is not touched.
 Within ``adapters_off`` it gives the matrix alone.
-Everything here reads parameters as they are. With ``overlap_param_gather`` the all-gather of the last optimizer step
-may still be due: the caller runs ``ddp.start_param_sync(force_sync=True)`` first, or gets weights that are a step old.
+Everything here reads parameters as they are: with ``overlap_param_gather``, ``Trained.gather_parameters`` comes first.
 """
 
 from __future__ import annotations

@@ -28,7 +28,6 @@ from megatron.core.dist_checkpointing.core import CheckpointingException
 from megatron.core.dist_checkpointing.dict_utils import nested_values
 from megatron.core.dist_checkpointing.mapping import ShardedTensor
 from megatron.core.dist_checkpointing.state_dict_utils import load_preprocess
-from megatron.core.distributed import DistributedDataParallel
 from megatron.core.optimizer import MegatronOptimizer
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from megatron.core.tensor_parallel.random import get_cuda_rng_tracker
@@ -201,12 +200,6 @@ class TrainedPart:
             self.scheduler.step(increment=state["scheduler"]["num_steps"])
 
 
-def _sync_parameters(model: nn.Module) -> None:
-    """Complete the all-gather that ``overlap_param_gather`` leaves until the next forward pass."""
-    if isinstance(model, DistributedDataParallel) and model.ddp_config.overlap_param_gather:
-        model.start_param_sync(force_sync=True)
-
-
 def save(
     path: str | Path,
     step: int,
@@ -242,7 +235,6 @@ def save(
             (path / name).mkdir(parents=True)
     dist.barrier()
     source = Path(hf_dir or config.model.path)
-    _sync_parameters(model)
     rng = _rng_state()
     if tensor_source is None:
         strategy = writer.SnapshotStrategy(partial(writer.SnapshotWriter, copy=async_save))

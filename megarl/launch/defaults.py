@@ -17,6 +17,9 @@ def with_device_defaults(config: RunConfig, hf_config: PretrainedConfig, *, gpu_
     decided, because colocated engines keep some of that memory. Of the ways to recompute the fastest that fits is
     taken, and ``full`` where none does: ``check_memory`` refuses that.
     """
+    key = "optimizer_cpu_offload"
+    if gpu_bytes is None and config.optimizer.megatron.get(key):
+        raise ValueError(f"optimizer.megatron.{key}=True relieves a GPU, and the ranks of this run have none")
     on_gpus, model, parallel = gpu_bytes is not None, config.model, config.parallel
     if model.dtype == "auto":
         model = replace(model, dtype="bfloat16" if on_gpus else "float32")

@@ -42,6 +42,7 @@ from megarl.registry import load_object
 from megarl.tasks.task import Task, build_tasks
 from megarl.utils.errors import RunFailure
 from megarl.workers.group import WorkerGroup
+from megarl.workers.megatron_options import ddp_options, optimizer_options
 
 ASIDE_METRICS = "abandoned_metrics.jsonl"  # the log of steps that a run went back behind
 
@@ -63,6 +64,8 @@ def check(config: RunConfig) -> None:
     build_tasks(config)
     hf_config = read_config(model_directory(config))
     family_of(hf_config).validate(hf_config, config.parallel)
+    ddp_options(config)
+    optimizer_options(config, config.optimizer)
     if config.has_critic and config.critic.path:
         _check_critic(config, hf_config)
     key, response = "rollout.max_new_tokens", config.rollout.max_new_tokens

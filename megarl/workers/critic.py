@@ -81,6 +81,7 @@ class Critic:
                 outputs, grad_norm, lr = self.trained.update(minibatch, self._loss)
                 totals.add(outputs)
                 totals.values |= {"critic/grad_norm": grad_norm, "critic/lr": lr}
+        self.trained.gather_parameters()
 
     def _loss(self, m: MicroBatch, hidden: Tensor) -> Outputs:
         """The sum over the actions, which the schedule divides by their number; every action weighs the same."""

@@ -76,13 +76,39 @@ class Trained:
         for chunk in self.ddp:
             chunk.zero_grad_buffer()
         self.optimizer.zero_grad()
-        outputs = run(self.ddp, microbatches, after, train=True)
+        outputs = run(self.ddp, microbatches, self._with_own_weights(after), train=True)
         self.scheduler.step(increment=1)
         _, grad_norm, _ = self.optimizer.step()
+        for chunk in self._overlapping(hooked=False):
+            chunk.enable_forward_pre_hook()
         if not np.isfinite(grad_norm):
             rank = dist.get_rank()
             raise FloatingPointError(f"rank {rank}: the gradient norm is {grad_norm}; the step was not saved")
         return outputs, float(grad_norm), self.optimizer.param_groups[0]["lr"]
+
+    def gather_parameters(self) -> None:
+        """Complete what ``overlap_param_gather`` leaves to the next ``update``: others read the weights now.
+
+        Every rank calls it. Until the next ``update`` forward passes look for no gather.
+        """
+        for chunk in self._overlapping(hooked=True):
+            chunk.disable_forward_pre_hook(param_sync=True)
+
+    def _overlapping(self, *, hooked: bool) -> list[DistributedDataParallel]:
+        """Chunks with ``overlap_param_gather`` whose modules wait for their parameters in a forward pass, or do not."""
+        return [c for c in self.ddp if c.use_forward_hook and bool(c.remove_forward_pre_hook_handles) == hooked]
+
+    def _with_own_weights(self, after: After) -> After:
+        """``after`` once all parameters are there: it reads some outside of a module's forward (output matrix)."""
+        chunks = self._overlapping(hooked=True)
+
+        def wait(m: MicroBatch, hidden: Tensor) -> Outputs:
+            for chunk in chunks:
+                for group in chunk.bucket_groups + chunk.expert_parallel_bucket_groups:
+                    group.finish_param_sync(skip_next_bucket_dispatch=True)
+            return after(m, hidden)
+
+        return wait if chunks else after
 
 
 def run(chunks: Sequence[nn.Module], microbatches: list[MicroBatch], after: After, *, train: bool) -> list[Any]:

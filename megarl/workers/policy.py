@@ -217,6 +217,7 @@ class PolicyWorker:
             for _ in range(self.config.algorithm.num_epochs):
                 for minibatch in self.microbatches:
                     (self._look if frozen else self._update)(minibatch, totals)
+            self.trained.gather_parameters()
         if self.device.type == "cuda":
             totals.values |= device_metrics(0.0 if frozen else self._flops(), self.seconds["update_actor"])
         self.microbatches = []
@@ -261,6 +262,7 @@ class PolicyWorker:
         totals.add(outputs)
         totals.values |= {"actor/grad_norm": grad_norm, "actor/lr": lr}
         if self.ema is not None:
+            self.trained.gather_parameters()
             self.ema.update()
 
     def _look(self, minibatch: list[MicroBatch], totals: Totals) -> None:

@@ -51,3 +51,9 @@ def test_what_is_asked_for_stays():
     found = decided(*SPLIT4, *asked, "parallel.tensor_model_parallel_size=2")
     assert found == ("float32", False, "selective", ["core_attn"])
     assert decided("model.dtype=bfloat16", gpu_bytes=None)[0] == "bfloat16"
+
+
+def test_offloading_an_optimizer_without_a_gpu_is_refused():
+    config = apply_overrides(RunConfig(), ["optimizer.megatron.optimizer_cpu_offload=True"])
+    with pytest.raises(ValueError, match=r"optimizer\.megatron\.optimizer_cpu_offload=True relieves a GPU"):
+        with_device_defaults(config, QWEN, gpu_bytes=None)
