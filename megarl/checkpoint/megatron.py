@@ -53,7 +53,7 @@ from megarl.checkpoint.manifest import (
     step_directory,
     write_manifest,
 )
-from megarl.checkpoint.optimizer_state import OPTIMIZER_FORMAT, held_ranges
+from megarl.checkpoint.optimizer_state import OPTIMIZER_FORMAT, held_ranges, with_settings, without_settings
 from megarl.checkpoint.parts import HEAD_PREFIX, Parts, is_weight, may_stay, states
 from megarl.checkpoint.progress import progress
 from megarl.config import RunConfig
@@ -165,6 +165,7 @@ def _state(model: nn.Module, optimizer: MegatronOptimizer | None, *, is_loading:
         again = {"model": module.sharded_state_dict()}
         with held_ranges(optimizer):
             sharded = optimizer.sharded_state_dict(again, is_loading=is_loading, metadata=OPTIMIZER_FORMAT)
+        without_settings(sharded)
         for part in [sharded] if "param_state" in sharded else sharded.values():
             if isinstance(part, dict) and part.get("param_state") == {}:
                 del part["param_state"]  # this rank holds nothing; mcore does not take an empty dict
@@ -193,6 +194,7 @@ class TrainedPart:
         held = _model_part(module)
         module.load_state_dict(state.get(held, {}), strict=held == "model")  # a stage without adapters has no entry
         if self.optimizer is not None:
+            with_settings(state["optimizer"], self.optimizer)
             with held_ranges(self.optimizer):
                 self.optimizer.load_state_dict(state["optimizer"])
         if self.scheduler is not None:

@@ -139,6 +139,40 @@ def _take_over(optimizer: DistributedOptimizer, state: dict[int, dict[str, list[
         optimizer.optimizer._sync_hdo_state_to_sub_optimizers()
 
 
+# what mcore's HybridDeviceOptimizer keeps in its parameter groups beside Adam's numbers
+_SETTINGS = (
+    "offload_fraction",
+    "cpu_optimizer_cls",
+    "gpu_optimizer_cls",
+    "param_update_in_fp32",
+    "pin_cpu_grads",
+    "pin_cpu_params",
+    "overlap_cpu_optimizer_d2h_h2d",
+    "fused",
+)
+
+
+def _groups(state: dict[str, Any]) -> list[dict[str, Any]]:
+    """The parameter groups in an optimizer's ``state``, of each of several that are chained."""
+    chained = [state] if "optimizer" in state else list(state.values())
+    return [group for one in chained for group in one["optimizer"]["param_groups"]]
+
+
+def without_settings(state: dict[str, Any]) -> None:
+    """Take the settings of ``optimizer_cpu_offload`` out of a checkpoint's ``state``: they are the run's, not its."""
+    for group in _groups(state):
+        for name in _SETTINGS:
+            group.pop(name, None)
+
+
+def with_settings(state: dict[str, Any], optimizer: MegatronOptimizer) -> None:
+    """Put the settings that ``optimizer`` has, if it is offloaded, into a checkpoint's ``state``."""
+    for part in optimizer.chained_optimizers:
+        if isinstance(part.optimizer, HybridDeviceOptimizer):
+            for group in _groups(state):
+                group.update({name: part.optimizer.defaults[name] for name in _SETTINGS})
+
+
 @contextmanager
 def held_ranges(optimizer: MegatronOptimizer) -> Iterator[None]:
     """While it lasts, what ``optimizer`` says and takes of its sharded state is what this rank holds."""

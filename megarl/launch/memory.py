@@ -24,6 +24,8 @@ HEAD_ROWS, HEAD_BYTES = 2048, 512 * MIB  # of logits at once, at most: kernels.l
 # activations that the trainer may drop, from the fastest to the smallest: (model.recompute, model.recompute_modules)
 RECOMPUTE = (("none", ["core_attn"]), ("selective", ["core_attn", "layernorm", "mlp"]), ("full", ["core_attn"]))
 
+_DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2, "uint8": 1}  # of an optimizer's state
+
 # what `trainer.offload` calls a part that it moves
 _MOVED = {
     "parameters": "parameters",
@@ -259,12 +261,14 @@ def _static(config: RunConfig, model: Sizes, stage: int) -> dict[str, int]:
     if not parallel.use_distributed_optimizer:
         sharing = sharing_experts = 1
     owned = shared // sharing + experts // sharing_experts  # whose optimizer state is on this rank
-    offloaded = config.optimizer.megatron
-    on_host = offloaded.get("optimizer_offload_fraction", 1.0) if offloaded.get("optimizer_cpu_offload") else 0.0
+    options = config.optimizer.megatron
+    on_host = options.get("optimizer_offload_fraction", 1.0) if options.get("optimizer_cpu_offload") else 0.0
+    main = _DTYPE_BYTES[options.get("main_params_dtype", "float32")]
+    moments = sum(_DTYPE_BYTES[options.get(name, "float32")] for name in ("exp_avg_dtype", "exp_avg_sq_dtype"))
     learned = {
         "gradients": 4 * (shared + experts),
-        "main parameters": round(4 * owned * (1 - on_host)) if width == 2 else 0,
-        "optimizer": round(8 * owned * (1 - on_host)),
+        "main parameters": round(main * owned * (1 - on_host)) if width == 2 else 0,
+        "optimizer": round(moments * owned * (1 - on_host)),
     }
     result = {"parameters": width * held, **learned}
     supervised = config.algorithm.policy_loss == "sft"

@@ -58,6 +58,7 @@ _OPTIMIZER_REFUSED = {
     "bf16": "say it with model.dtype",
     "fp16": "say it with model.dtype",
     "params_dtype": "say it with model.dtype",
+    "store_param_remainders": "checkpoints hold main parameters whole",
     "main_grads_dtype": "gradients are summed in float32",
     "use_distributed_optimizer": "say it with parallel.use_distributed_optimizer",
     "overlap_param_gather": "say it with parallel.ddp.overlap_param_gather",
@@ -108,6 +109,7 @@ def optimizer_options(config: RunConfig, c: OptimizerConfig) -> MegatronOptimize
     offload, aware = "optimizer_cpu_offload", "use_precision_aware_optimizer"
     if given.get(offload):
         given.setdefault(aware, True)  # whose code mcore's offloaded optimizer shares
+        given.setdefault("optimizer_offload_fraction", 1.0)  # mcore's default offloads nothing
         if not (bf16 and given[aware]):
             raise ValueError(f"{key}.{offload}=True needs model.dtype=bfloat16 and {key}.{aware}=True")
     if given.get(aware):
@@ -130,6 +132,7 @@ def optimizer_options(config: RunConfig, c: OptimizerConfig) -> MegatronOptimize
         params_dtype=torch.bfloat16 if bf16 else torch.float32,
         use_distributed_optimizer=distributed,
         overlap_param_gather=config.parallel.ddp.get("overlap_param_gather", False),
+        store_param_remainders=False,
         **given,
     )
 

@@ -102,9 +102,10 @@ class Offload:
         inner = [optimizer for optimizer in inner if optimizer is not None]  # a stage may have nothing to train
         states = [value for optimizer in inner for state in optimizer.state.values() for value in state.values()]
         masters = [p for optimizer in inner for group in optimizer.param_groups for p in group["params"]]
-        storages = _storages(tensor for tensor in (*states, *masters) if isinstance(tensor, Tensor))
+        device = next(self.models[0].parameters()).device  # optimizer_cpu_offload keeps its state on the host
+        tensors = [t for t in (*states, *masters) if isinstance(t, Tensor) and t.device == device]
         # float32 parameters are updated in place: their storage is the model's
-        return {key: storage for key, storage in storages.items() if key not in parameters}
+        return {key: storage for key, storage in _storages(tensors).items() if key not in parameters}
 
     def _park(self, key: int, storage: UntypedStorage, *, keep: bool) -> _Parked:
         num_bytes, host = storage.nbytes(), None

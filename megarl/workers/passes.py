@@ -66,10 +66,15 @@ class Trained:
     def begin(self) -> None:
         """Give the optimizer what it has before its first step, so that a checkpoint of a model that waits has it."""
         for part in self.optimizer.chained_optimizers:
-            if part.optimizer is not None and part.init_state_fn is not None:  # none with optimizer_cpu_offload
+            if part.optimizer is None or part.init_state_fn is None:  # none with optimizer_cpu_offload
+                continue
+            if part.config.use_precision_aware_optimizer:  # mcore's function leaves out an argument
+                for parameter in (p for group in part.optimizer.param_groups for p in group["params"]):
+                    part.optimizer.initialize_state(parameter, store_param_remainders=False)
+            else:
                 part.init_state_fn(part.optimizer, part.config)
-                for group in part.optimizer.param_groups:
-                    group.setdefault("step", 0)
+            for group in part.optimizer.param_groups:
+                group.setdefault("step", 0)
 
     def update(self, microbatches: list[MicroBatch], after: After) -> tuple[list[Any], float, float]:
         """An optimizer step on ``microbatches``; results by ``after``, the gradient's norm and the learning rate."""

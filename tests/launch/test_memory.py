@@ -147,9 +147,9 @@ def test_parts_come_and_go_with_what_is_configured():
     frozen = parts("model.freeze=[vision_tower]")
     assert "activations, vision" not in frozen
     assert plain["gradients"] - frozen["gradients"] == pytest.approx(4 * 0.63e9 / 2, rel=0.05)
-    assert "optimizer" not in parts(
-        "optimizer.megatron.optimizer_cpu_offload=true", "optimizer.megatron.optimizer_offload_fraction=1.0"
-    )
+    assert "optimizer" not in parts("optimizer.megatron.optimizer_cpu_offload=true")
+    halved = parts("optimizer.megatron={use_precision_aware_optimizer: true, exp_avg_dtype: bfloat16}")
+    assert halved["optimizer"] == plain["optimizer"] * 3 // 4
     staged = parts("parallel.pipeline_model_parallel_size=2", "trainer.ranks_per_node=8")
     assert staged["parameters"] < 0.6 * plain["parameters"]
     assert staged["activations"] == plain["activations"]  # half of the layers, and two microbatches in flight

@@ -136,6 +136,33 @@ def test_transformer_engine(family: str, transformer_engine: dict, float32: dict
     assert transformer_engine[family]["grad_norm"] == pytest.approx(float32[family]["grad_norm"], rel=0.1)
 
 
+OPTIMIZERS = {
+    "states in bfloat16": "use_precision_aware_optimizer: true, exp_avg_dtype: bfloat16, exp_avg_sq_dtype: bfloat16",
+    "on the host": "optimizer_cpu_offload: true",
+    "half on the host": "optimizer_cpu_offload: true, optimizer_offload_fraction: 0.5",
+}
+
+
+def test_optimizers_of_megatron(models: Path, runs: Path, transformer_engine: dict) -> None:
+    """Step, lend, save and load with ``optimizer.megatron``; the weights after a step are the plain optimizer's."""
+    path = str(models / "qwen2_5_vl")
+    jobs_of = [
+        {"name": name, "path": path, "overrides": [*TE, f"optimizer.megatron={{{fields}}}"]}
+        for name, fields in OPTIMIZERS.items()
+    ]
+    (results,) = jobs.start(runs / "optimizers", jobs_of, transformer_engine=True)
+    plain = transformer_engine["qwen2_5_vl"]
+    for name, result in results.items():
+        on_host = result.get("misplaced", [])
+        check(result | {"misplaced": []})
+        assert result["grad_norm"] == pytest.approx(plain["grad_norm"], rel=1e-3), name
+        tolerance = 0.05 if name == "states in bfloat16" else 1e-3
+        assert result["logprobs"] == pytest.approx(plain["logprobs"], abs=tolerance), name
+        assert bool(on_host) == ("host" in name), name
+    states = {name: len(result["misplaced"]) for name, result in results.items()}
+    assert 0 < states["half on the host"] < states["on the host"]
+
+
 @pytest.mark.parametrize(
     ("family", "layouts"),
     [
