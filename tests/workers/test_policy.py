@@ -66,6 +66,7 @@ def samples_of(config, processor):
         encoded = processor.encode(prompt)
         for place in range(3):
             response = random.integers(0, 256, random.integers(2, 40))  # on several ranks, where they share it
+            response[np.isin(response, processor.banned_token_ids)] = 0  # no engine samples an image's token
             tokens = np.concatenate([encoded.tokens, response]).astype(np.int32)
             mask = np.arange(len(tokens)) >= len(encoded.tokens)
             given = (len(response), 2, 0)[place] if config.algorithm.expert_strategy != "none" else 0
