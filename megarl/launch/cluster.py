@@ -39,7 +39,8 @@ def cluster(config: RunConfig) -> Iterator[None]:
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
     address = os.environ.get("RAY_ADDRESS")
     local = {} if address else {"include_dashboard": False, "object_store_memory": object_store_bytes(config)}
-    ray.init(address=address, runtime_env={"env_vars": env}, logging_level="error", **local)
+    # not None: Ray would join whatever was started on this machine last, somebody else's run too
+    ray.init(address=address or "local", runtime_env={"env_vars": env}, logging_level="error", **local)
     try:
         yield
     finally:

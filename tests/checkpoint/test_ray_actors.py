@@ -55,7 +55,7 @@ def test_two_actors_save_and_resume(tmp_path):
 
     reference = tiny("gqa2_tied", tmp_path / "hf")
     environment = {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "RAY_USAGE_STATS_ENABLED": "0"}
-    ray.init(num_cpus=2, include_dashboard=False, runtime_env={"env_vars": environment}, log_to_driver=False)
+    ray.init("local", num_cpus=2, include_dashboard=False, runtime_env={"env_vars": environment}, log_to_driver=False)
     try:
         actors = [ray.remote(Rank).options(num_cpus=0).remote(rank, str(tmp_path)) for rank in range(2)]
         straight = ray.get([actor.straight.remote(reference) for actor in actors], timeout=180)

@@ -38,7 +38,7 @@ def manager(tmp_path_factory):
     environment = {"CUDA_VISIBLE_DEVICES": visible, "RAY_EXPERIMENTAL_NOSET_CUDA_VISIBLE_DEVICES": "1"}
     options = [{"num_gpus": 0, "runtime_env": {"env_vars": environment}}]
     placement = Placement(kind="colocated", device="cuda", engine_options=options)
-    ray.init(num_cpus=2, num_gpus=0, include_dashboard=False, log_to_driver=False)
+    ray.init("local", num_cpus=2, num_gpus=0, include_dashboard=False, log_to_driver=False)
     manager = RolloutManager(config, str(path), sync=lambda index: None, placement=placement)
     yield SimpleNamespace(rollout=manager, engine=manager.engines[0], path=path)
     manager.shutdown()

@@ -82,7 +82,7 @@ def cluster():
     if ray.is_initialized():  # by the tests of engines, whose cluster lives on
         yield
         return
-    ray.init(num_cpus=1, include_dashboard=False, object_store_memory=100 << 20, log_to_driver=False)
+    ray.init("local", num_cpus=1, include_dashboard=False, object_store_memory=100 << 20, log_to_driver=False)
     yield
     ray.shutdown()
 
