@@ -13,7 +13,6 @@ from torch import Tensor
 from megarl.algorithms.policy_losses import MAX_LOG_RATIO, Actions, Metrics
 from megarl.config import AlgorithmConfig
 
-WARN_AT = 0.05  # mean |difference of log-probs| that nobody set an alarm for
 _SEQUENCES = "raw/sequences"
 _EXPERTS = "expert/actions_fraction"
 # Zero where an expert acted, so that ``finish`` can make them means over the others.
@@ -144,15 +143,3 @@ def finish(metrics: dict[str, float]) -> dict[str, float]:
     if square:
         metrics["rollout_corr/rollout_is_eff_sample_size"] = metrics["rollout_corr/rollout_is_mean"] ** 2 / square
     return metrics
-
-
-def alarm(metrics: dict[str, float], threshold: float) -> str | None:
-    """What to tell when trainer and engine differ by more than ``threshold`` (0: ``WARN_AT``), else None."""
-    difference = metrics.get("training/rollout_logprobs_diff_mean", 0.0)
-    limit = threshold or WARN_AT
-    if difference <= limit:
-        return None
-    return (
-        f"the trainer's log-probs and the engine's differ by {difference:.3g} in the mean, more than {limit:.3g}: "
-        "check rollout.dtype, or set algorithm.rollout_correction"
-    )

@@ -93,7 +93,9 @@ class ObservabilityConfig:
 @dataclass
 class DebugConfig:
     deterministic: bool = False  # the same run gives the same bits: seeds per sample, fixed batches, one thread
-    logprob_diff_alarm: float = 0.0  # stop when mean |rollout - trainer| log-prob exceeds this; 0: warn at 0.05
+    # end a run whose rollouts the trainer finds this different: float32 by the largest |difference of log-probs|,
+    # bfloat16 by the mean |difference of probabilities|; 0: warn once, where the canary of a weight sync would fail
+    logprob_diff_alarm: float = 0.0
 
     def __post_init__(self) -> None:
         check_not_negative("debug", self, "logprob_diff_alarm")

@@ -6,15 +6,17 @@ import shutil
 from functools import partial
 from typing import Any, Protocol
 
-from megarl.algorithms.corrections import alarm
 from megarl.config import RunConfig
 from megarl.data.videos import Limits, first_frame
 from megarl.observability.report import write_report
 from megarl.observability.rollouts import RolloutWriter
+from megarl.trainer.agreement import Difference, Judge
 from megarl.trainer.run import Run
 from megarl.types import Sample
 from megarl.utils.errors import RunFailure
 from megarl.workers.group import WorkerGroup
+
+MEAN, LARGEST = "training/rollout_probs_diff_mean", "training/rollout_logprobs_diff_max"
 
 
 class Trainer(Protocol):
@@ -70,16 +72,31 @@ class MismatchAlarm(Callback):
     told = False
     failure = ""
 
+    def __init__(self, trainer: Trainer) -> None:
+        super().__init__(trainer)
+        self.threshold = self.config.debug.logprob_diff_alarm
+        self.judge = Judge.of(self.config, self.threshold or self.config.weight_sync.canary_tolerance)
+
     def on_step(self, samples: list[Sample], metrics: dict[str, float]) -> None:
-        threshold = self.config.debug.logprob_diff_alarm
-        text = alarm(metrics, threshold)
-        if self.config.trainer.max_staleness and not threshold:
-            return  # older weights differ
-        if text and threshold:
-            self.failure = f"step {self.trainer.step}: {text}"
-        elif text and not self.told:
+        if not {MEAN, LARGEST} <= metrics.keys() or (self._moved and not self.threshold):
+            return
+        failure = self.judge.failure(Difference(metrics[MEAN], metrics[LARGEST]))
+        text = (
+            f"step {self.trainer.step}: trainer and engine differ on the rollouts: {failure}: "
+            "check rollout.dtype, or set algorithm.rollout_correction"
+        )
+        if failure and self.threshold:
+            self.failure = text
+        elif failure and not self.told:
             self.told = True
-            self.run.console.message(f"step {self.trainer.step}: {text}")
+            self.run.console.message(text)
+
+    @property
+    def _moved(self) -> bool:
+        """Whether the policy that is compared has other weights than the engine had."""
+        algorithm = self.config.algorithm
+        updates = algorithm.num_minibatches * algorithm.num_epochs
+        return self.config.trainer.max_staleness > 0 or (algorithm.bypass_old_logprobs and updates > 1)
 
     def on_logged(self) -> None:
         if self.failure:

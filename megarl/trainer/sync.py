@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -13,6 +12,7 @@ from ray.actor import ActorHandle
 
 from megarl.config import RunConfig
 from megarl.data.packing import Packing, pack_bins
+from megarl.trainer.agreement import Difference, Judge
 from megarl.trainer.turns import Turns
 from megarl.types import EncodedPrompt, Sample
 from megarl.utils.errors import RunFailure
@@ -50,8 +50,7 @@ class WeightSync:
         self.version = -1
         self.prepared: list[ActorHandle] = []  # engines that hold the frozen matrices, for weight_sync.lora=adapter
         self.digest: dict[str, str] = {}  # checksums of the last version that was sent
-        rounded = "bfloat16" in (config.model.params_dtype, config.rollout.dtype)
-        self.judge = Judge(rounded, config.weight_sync.canary_tolerance or (0.03 if rounded else 1e-4))
+        self.judge = Judge.of(config, config.weight_sync.canary_tolerance)
 
     def push(self, engines: list[ActorHandle], version: int, *, must_change: bool) -> dict[str, float]:
         """Send the policy to ``engines``, all that there are, as ``version``; what is worth logging.
@@ -113,8 +112,8 @@ class WeightSync:
             ours = self._score_canary()
         metrics: dict[str, float] = {}
         for index, scored in zip(engines, ray.get(theirs, timeout=self.config.rollout.timeout_s), strict=True):
-            difference = self.judge.compare(ours, np.asarray(scored)[self.scored[1:]])
-            if difference.failure:
+            difference = Difference.between(ours, np.asarray(scored)[self.scored[1:]])
+            if failure := self.judge.failure(difference):
                 first = (
                     ""
                     if self.version >= 0
@@ -122,10 +121,10 @@ class WeightSync:
                 )
                 raise WeightSyncError(
                     f"engine {index} with version {version} scores the canary prompt {self.canary.prompt.id} "
-                    f"differently: {difference.failure}{first}"
+                    f"differently: {failure}{first}"
                 )
-            for name, value in difference.metrics.items():
-                metrics[name] = max(value, metrics.get(name, 0.0))
+            found = {"sync/canary_abs_diff": difference.largest, "sync/canary_probs_diff_mean": difference.mean}
+            metrics |= {name: max(value, metrics.get(name, 0.0)) for name, value in found.items()}
         return metrics
 
     def _prepare(self, engines: dict[int, ActorHandle], version: int) -> None:
@@ -198,38 +197,6 @@ class WeightSync:
         )
         bins = pack_bins([sample], self.packing, self.workers.data_parallel_size)
         return self.workers.logprobs(bins, temperature=1.0, ban=False)[0][0]
-
-
-@dataclass(frozen=True)
-class Difference:
-    """How far the canary's log-probs are apart, and why that is too far, if it is."""
-
-    metrics: dict[str, float]
-    failure: str
-
-
-@dataclass(frozen=True)
-class Judge:
-    """Whether two sides compute the same.
-
-    In float32 the largest difference of log-probs decides. Rounded to bfloat16, right implementations differ by half a
-    unit on some unlikely token, so the mean difference of probabilities decides, and only a gross maximum beside it.
-    """
-
-    rounded: bool
-    tolerance: float
-
-    GROSS = 2.0  # of a log-prob in bfloat16
-
-    def compare(self, ours: np.ndarray, theirs: np.ndarray) -> Difference:
-        """Judge two arrays [N] of log-probs."""
-        largest = float(np.abs(ours - theirs).max())
-        mean = float(np.abs(np.exp(ours) - np.exp(theirs)).mean())
-        checks = [("max |log-prob difference|", largest, self.GROSS if self.rounded else self.tolerance)]
-        if self.rounded:
-            checks.append(("mean |probability difference|", mean, self.tolerance))
-        wrong = [f"{name} {value:.3g} > {limit:.3g}" for name, value, limit in checks if not value <= limit]
-        return Difference({"sync/canary_abs_diff": largest, "sync/canary_probs_diff_mean": mean}, ", ".join(wrong))
 
 
 def _compare(engine: str, version: int, sent: dict[str, str], held: dict[str, str]) -> None:

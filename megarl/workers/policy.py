@@ -343,7 +343,8 @@ class PolicyWorker:
             errors, value_metrics = value_losses(self.model, m, hidden, self.config.critic.clip)
             total, metrics = total + self.config.critic.coef * errors.sum(), metrics | value_metrics
         sums = {name: value.sum() for name, value in metrics.items()}
-        largest = {"training/rollout_probs_diff_max": metrics.get("training/rollout_probs_diff_mean")}
+        apart = ("training/rollout_probs_diff", "training/rollout_logprobs_diff")
+        largest = {f"{name}_max": metrics.get(f"{name}_mean") for name in apart}
         maxima = {name: value.max() for name, value in largest.items() if value is not None and len(value)}
         count = torch.full((), len(m.rows), dtype=torch.int, device=self.device)
         return total, count, (len(m.rows), sums, maxima)

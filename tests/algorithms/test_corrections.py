@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from megarl.algorithms.corrections import alarm, correction_weights, finish, mismatch_metrics
+from megarl.algorithms.corrections import correction_weights, finish, mismatch_metrics
 from megarl.algorithms.policy_losses import Actions, policy_loss
 from megarl.config import AlgorithmConfig
 
@@ -119,11 +119,3 @@ def test_bypass_compares_the_present_policy_with_the_engine():
     actions.logprobs, actions.old_logprobs = actions.old_logprobs, actions.rollout_logprobs
     bypassed = step_metrics([actions], AlgorithmConfig(bypass_old_logprobs=True))
     assert bypassed == pytest.approx(step_metrics([actions_of(TRAINER, ENGINE, [0] * 5)], AlgorithmConfig()))
-
-
-def test_the_alarm_names_the_difference():
-    metrics = {"training/rollout_logprobs_diff_mean": 0.04}
-    assert alarm(metrics, 0.0) is None
-    assert alarm({}, 0.01) is None
-    assert "0.04 in the mean, more than 0.01" in alarm(metrics, 0.01)
-    assert "more than 0.05" in alarm({"training/rollout_logprobs_diff_mean": 0.06}, 0.0)
