@@ -273,7 +273,8 @@ def _static(config: RunConfig, model: Sizes, stage: int) -> dict[str, int]:
     result = {"parameters": width * held, **learned}
     supervised = config.algorithm.policy_loss == "sft"
     if config.algorithm.kl_coef > 0 and not lora.rank and not supervised:
-        result["reference"] = width * held
+        moves = config.algorithm.reference_sync_every > 0  # in float32, beside what the passes read
+        result["reference"] = (width + (4 if moves and width == 2 else 0)) * held
     if config.has_critic and not config.critic.shared_trunk:
         result["critic"] = width * held + sum(learned.values())
     if config.trainer.ema_decay:

@@ -11,41 +11,19 @@ from megatron.core.dist_checkpointing.mapping import ShardedTensor, ShardedTenso
 from torch import Tensor, nn
 
 
-class Ema(nn.Module):
-    """The exponential moving average of what is trained of a rank's ``model``, in float32.
+class Average(nn.Module):
+    """What is trained of a rank's ``model``, averaged in float32: the small moves of an average vanish in bfloat16."""
 
-    Of bfloat16 parameters those are averaged that the engines get, not their float32 masters, which ranks share.
-    """
-
-    def __init__(self, model: nn.Module, decay: float) -> None:
+    def __init__(self, model: nn.Module, parameters: dict[str, Tensor], averages: list[Tensor]) -> None:
+        """``averages``: the first values, one for each of ``parameters``, which are named as in ``model``."""
         super().__init__()
-        self.model, self.decay = [model], decay  # in a list: not a submodule
-        self.parameters_by_name = {name: p for name, p in model.named_parameters() if p.requires_grad}
-        for number, parameter in enumerate(self.parameters_by_name.values()):
-            self.register_buffer(str(number), parameter.detach().to(torch.float32, copy=True))
+        self.model, self.parameters_by_name = [model], parameters  # in a list: not a submodule
+        for number, average in enumerate(averages):
+            self.register_buffer(str(number), average)
 
     def averages(self) -> dict[str, Tensor]:
         """By the names of the parameters."""
-        return dict(zip(self.parameters_by_name, self.buffers(), strict=True))
-
-    @torch.no_grad()
-    def update(self) -> None:
-        """Take in the parameters after an optimizer step."""
-        for average, parameter in zip(self.buffers(), self.parameters_by_name.values(), strict=True):
-            average.lerp_(parameter.float(), 1 - self.decay)
-
-    @contextmanager
-    def applied(self) -> Iterator[None]:
-        """While it lasts, the model has the averages."""
-        with torch.no_grad():
-            own = [parameter.clone() for parameter in self.parameters_by_name.values()]
-            for average, parameter in zip(self.buffers(), self.parameters_by_name.values(), strict=True):
-                parameter.copy_(average)
-            try:
-                yield
-            finally:
-                for parameter, value in zip(self.parameters_by_name.values(), own, strict=True):
-                    parameter.copy_(value)
+        return dict(zip(self.parameters_by_name, self._buffers.values(), strict=True))
 
     def sharded_state(self, *, is_loading: bool) -> dict[str, Any]:
         """The averages in the places that a checkpoint has for the parameters."""
@@ -65,9 +43,62 @@ class Ema(nn.Module):
             average.copy_(state[name])
 
 
-@torch.no_grad()
-def mix(reference: nn.Module, policy: nn.Module, share: float) -> None:
-    """reference = share * policy + (1 - share) * reference, in float32 (TR-DPO, arXiv 2404.09656)."""
-    parameters = dict(policy.named_parameters())
-    for name, parameter in reference.named_parameters():
-        parameter.copy_(parameter.float().lerp(parameters[name].float(), share))
+class Ema(Average):
+    """The exponential moving average of what is trained of a rank's ``model``.
+
+    Of bfloat16 parameters those are averaged that the engines get, not their float32 masters, which ranks share.
+    """
+
+    def __init__(self, model: nn.Module, decay: float) -> None:
+        trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
+        super().__init__(model, trained, [p.detach().to(torch.float32, copy=True) for p in trained.values()])
+        self.decay = decay
+
+    @torch.no_grad()
+    def update(self) -> None:
+        """Take in the parameters after an optimizer step."""
+        for name, average in self.averages().items():
+            average.lerp_(self.parameters_by_name[name].float(), 1 - self.decay)
+
+    @contextmanager
+    def applied(self) -> Iterator[None]:
+        """While it lasts, the model has the averages."""
+        parameters = self.parameters_by_name
+        with torch.no_grad():
+            own = {name: parameter.clone() for name, parameter in parameters.items()}
+            for name, average in self.averages().items():
+                parameters[name].copy_(average)
+            try:
+                yield
+            finally:
+                for name, value in own.items():
+                    parameters[name].copy_(value)
+
+
+class MovingReference(Average):
+    """A frozen ``reference`` that follows the policy (TR-DPO, arXiv 2404.09656), and its float32 masters.
+
+    float32 parameters are their own masters. The reference is a submodule: its memory and the masters' go together.
+    """
+
+    def __init__(self, reference: nn.Module) -> None:
+        parameters = dict(reference.named_parameters())
+        super().__init__(reference, parameters, [p.detach().float() for p in parameters.values()])
+        self.reference = reference
+
+    @torch.no_grad()
+    def mix(self, policy: nn.Module, share: float) -> None:
+        """reference = share * policy + (1 - share) * reference."""
+        learned = dict(policy.named_parameters())
+        for name, master in self.averages().items():
+            master.lerp_(learned[name].float(), share)
+        self._round()
+
+    def load_state(self, state: dict[str, Any]) -> None:
+        super().load_state(state)
+        self._round()
+
+    @torch.no_grad()
+    def _round(self) -> None:
+        for name, master in self.averages().items():
+            self.parameters_by_name[name].copy_(master)

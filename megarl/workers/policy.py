@@ -44,7 +44,7 @@ from megarl.parallel import groups, mcore_cpu
 from megarl.parallel.context import sum_over
 from megarl.types import Estimates, Media, PackedBatch
 from megarl.utils.checksum import tensor_checksum
-from megarl.workers.averages import Ema, mix
+from megarl.workers.averages import Ema, MovingReference
 from megarl.workers.build import add_adapters, build_model, build_trainable
 from megarl.workers.critic import Critic, action_values, add_value_head, value_losses
 from megarl.workers.microbatch import MicroBatch, Pixels, to_device
@@ -116,10 +116,11 @@ class PolicyWorker:
         if c.has_critic and c.critic.shared_trunk:
             add_value_head(self.model)
         self.ddp = self.optimizer = self.scheduler = self.trained = self.reference = self.critic = self.ema = None
+        self.moving_reference = None
         if trainable:
             self._build_training(weights)
         models = [model for model in (self.model, self.ema) if model is not None]
-        self.offload = Offload(models, self.ddp or [], self.optimizer, self.reference)
+        self.offload = Offload(models, self.ddp or [], self.optimizer, self.moving_reference or self.reference)
 
     def _build_training(self, weights: bool) -> None:
         c = self.config
@@ -134,6 +135,8 @@ class PolicyWorker:
         if c.algorithm.kl_coef > 0 and not c.model.lora.rank and not supervised:
             self.reference, _ = build_model(c, c.model.path)
             self.reference.requires_grad_(False)
+            if c.algorithm.reference_sync_every:
+                self.moving_reference = MovingReference(self.reference)
         if c.has_critic and not c.critic.shared_trunk:
             self.critic = Critic(c, weights=weights)
         if c.trainer.ema_decay:
@@ -255,7 +258,7 @@ class PolicyWorker:
     def sync_reference(self) -> None:
         """Move the reference by ``algorithm.reference_sync_mix`` of its way to the policy."""
         self.offload.restore("parameters", "reference")
-        mix(self.reference, self.model, self.config.algorithm.reference_sync_mix)
+        self.moving_reference.mix(self.model, self.config.algorithm.reference_sync_mix)
 
     def _update(self, minibatch: list[MicroBatch], totals: Totals) -> None:
         outputs, grad_norm, lr = self.trained.update(minibatch, self._loss)
@@ -466,8 +469,8 @@ class PolicyWorker:
         if self.critic is not None:
             trained = self.critic.trained
             parts["critic"] = checkpoints.TrainedPart(trained.model, trained.optimizer, trained.scheduler)
-        if self.reference is not None and self.config.algorithm.reference_sync_every:
-            parts["reference"] = checkpoints.TrainedPart(self.reference)
+        if self.moving_reference is not None:
+            parts["reference"] = self.moving_reference
         if self.ema is not None:
             parts["ema"] = self.ema
         return parts

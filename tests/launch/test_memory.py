@@ -138,6 +138,8 @@ def test_parts_come_and_go_with_what_is_configured():
 
     plain = parts()
     assert "reference" not in parts("algorithm.kl_coef=0")
+    assert parts("algorithm.reference_sync_every=10")["reference"] == 3 * plain["reference"]
+    assert parts("algorithm.reference_sync_every=10", "model.dtype=float32")["reference"] == 2 * plain["reference"]
     assert parts("trainer.ema_decay=0.9")["average"] == 2 * plain["parameters"]
     critic = parts("algorithm.advantage=gae")["critic"]
     assert critic == sum(plain[name] for name in ("parameters", "gradients", "main parameters", "optimizer"))

@@ -175,22 +175,48 @@ def steps_of(worker: PolicyWorker, estimator: Estimator, numbers: range) -> list
 
 
 def straight_and_saved(config: RunConfig, directory: str) -> tuple:
-    """On a rank: four steps, with a checkpoint after the first, which the policy has waited for, and the second."""
+    """On a rank: four steps, with a checkpoint after the second; the state that it holds, and the last one."""
     worker = worker_of(config, config.model.path)
     estimator = estimator_of(worker)
-    logged = []
-    for step in (1, 2):
-        logged += steps_of(worker, estimator, range(step - 1, step))
-        worker.save_checkpoint(directory, step, {"kl_coef": estimator.controller.coef})
-        worker.finish_saving()
-    logged += steps_of(worker, estimator, range(2, 4))
-    return logged, state_of(worker)
+    logged = steps_of(worker, estimator, range(2))
+    worker.save_checkpoint(directory, 2, {"kl_coef": estimator.controller.coef})
+    worker.finish_saving()
+    saved = state_of(worker)
+    return logged + steps_of(worker, estimator, range(2, 4)), saved, state_of(worker)
 
 
-def resumed(config: RunConfig, directory: str, step: int) -> tuple:
-    """On a rank: what comes after ``step`` up to the fourth step, from its checkpoint."""
-    path = f"{directory}/step_{step:06d}"
+def _resumed(config: RunConfig, directory: str) -> tuple[PolicyWorker, Estimator]:
+    path = f"{directory}/step_000002"
     worker = worker_of(config, f"{path}/hf", weights=False)
     estimator = estimator_of(worker)
     estimator.load_state_dict(worker.load_checkpoint(path))
-    return steps_of(worker, estimator, range(step, 4)), state_of(worker)
+    return worker, estimator
+
+
+def resumed(config: RunConfig, directory: str) -> tuple:
+    """On a rank: from the checkpoint up to the fourth step."""
+    worker, estimator = _resumed(config, directory)
+    return steps_of(worker, estimator, range(2, 4)), state_of(worker)
+
+
+def loaded(config: RunConfig, directory: str) -> tuple:
+    """On a rank: what the checkpoint holds, and the gradients and the log of the step after it."""
+    worker, estimator = _resumed(config, directory)
+    held = state_of(worker)
+    logged = steps_of(worker, estimator, range(2, 3))
+    return held, gradients(worker), logged
+
+
+def moved_reference(config: RunConfig, policy: str, directory: str) -> dict[str, torch.Tensor]:
+    """On a rank: two steps beside a reference that moves towards ``policy``, and a checkpoint; its masters."""
+    worker = worker_of(config, policy)
+    steps_of(worker, estimator_of(worker), range(2))
+    worker.save_checkpoint(directory, 2, {"kl_coef": 0.0})
+    worker.finish_saving()
+    return worker.moving_reference.averages()
+
+
+def resumed_reference(config: RunConfig, directory: str) -> tuple[dict[str, torch.Tensor], ...]:
+    """On a rank: the masters from that checkpoint, and what the reference computes with."""
+    worker, _ = _resumed(config, directory)
+    return worker.moving_reference.averages(), {name: p.detach() for name, p in worker.reference.named_parameters()}

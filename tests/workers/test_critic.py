@@ -209,28 +209,57 @@ def test_a_resumed_run_is_the_run(pool, tmp_path):
     model = tmp_path / "tiny"
     qwen3(model, seed=3, num_hidden_layers=2)
     config = run_config(model, ParallelConfig(tensor_model_parallel_size=2), 2)
-    logged, state = pool.run(ranks.straight_and_saved, 2, config, str(tmp_path))[0]
+    logged, saved, state = pool.run(ranks.straight_and_saved, 2, config, str(tmp_path))[0]
     assert len({row["actor/reward_kl_penalty_coeff"] for row in logged}) == 4  # it is steered
     assert logged[0]["actor/grad_norm"] == 0  # the policy waits
     assert all(row["actor/grad_norm"] > 0 for row in logged[1:])
     assert all(row["critic/grad_norm"] > 0 for row in logged)
-    again, same = pool.run(ranks.resumed, 2, config, str(tmp_path), 2)[0]
+    again, same = pool.run(ranks.resumed, 2, config, str(tmp_path))[0]
     assert again == logged[2:]
-    assert state.keys() == same.keys()
+    assert_equal(same, state)
     assert {name.split(".")[0] for name in state} == {"policy", "critic", "reference", "ema", "head"}
-    for name, value in state.items():
-        np.testing.assert_array_equal(same[name], value, err_msg=name)
     different = ["policy", "reference", "ema"]
     for name in (n.removeprefix("policy.") for n in state if n.startswith("policy.")):
         for one, two in zip(different, different[1:] + different[:1], strict=True):
             assert not np.array_equal(state[f"{one}.{name}"], state[f"{two}.{name}"]), name
+    # at another layout: the same numbers, and the same gradients of the step after them
+    expected = pool.run(ranks.loaded, 2, config, str(tmp_path))[0]
     config = run_config(model, ParallelConfig(pipeline_model_parallel_size=2), 2)
-    results = pool.run(ranks.resumed, 2, config, str(tmp_path), 1)
-    assert [row["actor/reward_kl_penalty_coeff"] for row in results[0][0]] == pytest.approx(
-        [row["actor/reward_kl_penalty_coeff"] for row in logged[1:]], rel=1e-3
-    )
-    moved = {name: value for _, part in results for name, value in part.items()}
-    assert moved.keys() == state.keys()
-    for name, value in state.items():
-        # Adam divides by the gradient's size: where it is near zero, rounding alone turns a step of 1e-3 around
-        assert np.quantile(np.abs(moved[name] - value), 0.98) <= 1e-4, name
+    found = pool.run(ranks.loaded, 2, config, str(tmp_path))
+    assert_equal(united(result[0] for result in found), saved)
+    after = united(result[1] for result in found)
+    assert after.keys() == expected[1].keys()
+    for name, gradient in expected[1].items():
+        assert np.linalg.norm(after[name] - gradient) <= 1e-4 * np.linalg.norm(gradient), name
+    coefficients = [rows[0]["actor/reward_kl_penalty_coeff"] for _, _, rows in (expected, found[0])]
+    assert coefficients == pytest.approx([logged[2]["actor/reward_kl_penalty_coeff"]] * 2, rel=1e-5)
+
+
+def united(states):
+    return {name: value for state in states for name, value in state.items()}
+
+
+def assert_equal(state, expected):
+    assert state.keys() == expected.keys()
+    for name, value in expected.items():
+        np.testing.assert_array_equal(state[name], value, err_msg=name)
+
+
+def test_a_reference_of_bfloat16_resumes_with_its_masters(pool, tmp_path):
+    from examples.tiny_models import qwen3
+
+    for seed in (3, 4):
+        qwen3(tmp_path / f"tiny{seed}", seed=seed, num_hidden_layers=2)
+    config = run_config(tmp_path / "tiny3", ParallelConfig(tensor_model_parallel_size=2), 2)
+    config.model.dtype, config.trainer.ema_decay = "bfloat16", 0.0
+    config.algorithm.reference_sync_mix = 0.01
+    saved = pool.run(ranks.moved_reference, 2, config, str(tmp_path / "tiny4"), str(tmp_path))
+    for masters, (again, rounded) in zip(
+        saved, pool.run(ranks.resumed_reference, 2, config, str(tmp_path)), strict=True
+    ):
+        assert again.keys() == rounded.keys() == masters.keys()
+        for name, master in masters.items():
+            assert master.dtype == torch.float32
+            assert torch.equal(again[name], master), name
+            assert torch.equal(rounded[name], master.bfloat16()), name
+        assert not any(torch.equal(m, rounded[name].float()) for name, m in masters.items() if m.dim() > 1)
