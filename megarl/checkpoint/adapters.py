@@ -28,7 +28,7 @@ from megarl.checkpoint.huggingface import (
     read_config,
 )
 from megarl.config import PARTS, LoraConfig
-from megarl.models.common.lora import HF_A, HF_B, WEIGHT, add_product
+from megarl.models.common.lora import HF_A, HF_B, WEIGHT, add_product, projections
 from megarl.models.mapping import Mapping
 from megarl.utils import torchvision_cpu
 
@@ -38,6 +38,20 @@ import transformers  # noqa: E402
 
 CONFIG_FILE, WEIGHTS_FILE = "adapter_config.json", "adapter_model.safetensors"
 PREFIX = "base_model.model."
+
+# what PEFT takes where adapter_config.json says nothing
+_DEFAULTS = {"peft_type": None, "r": 8, "lora_alpha": 8, "use_rslora": False, "init_lora_weights": True}
+# init_lora_weights that only choose the first A and B; the others (pissa, olora, corda, loftq, lora_ga) take B A out of
+# the model's weights, again whenever PEFT loads the adapters
+_BASE_STAYS = ("true", "false", "gaussian", "eva", "orthogonal", "mica")
+# says where adapters are, which the tensors do too, how they were trained, or by what
+_DESCRIPTIVE = {
+    *("target_modules", "exclude_modules", "layers_to_transform", "layers_pattern"),
+    *("lora_dropout", "inference_mode", "task_type", "auto_mapping", "base_model_name_or_path", "revision"),
+    *("peft_version", "megatron_config", "megatron_core", "runtime_config"),
+    *("eva_config", "corda_config", "loftq_config", "lora_ga_config", "qalora_group_size"),
+}
+_UNSET = (None, False, "none", {}, [])
 
 
 def _module(name: str) -> str:
@@ -96,30 +110,52 @@ def write_peft(
     (directory / CONFIG_FILE).write_text(json.dumps(config, indent=2) + "\n")
 
 
+def read_peft_config(directory: str | Path) -> dict[str, Any]:
+    """``adapter_config.json`` of a PEFT directory, with PEFT's defaults; ``CheckpointError`` without one."""
+    directory = Path(directory)
+    for file in (CONFIG_FILE, WEIGHTS_FILE):
+        if not (directory / file).is_file():
+            raise CheckpointError(f"{directory}: not a PEFT directory: it has no {file}")
+    try:
+        return _DEFAULTS | json.loads((directory / CONFIG_FILE).read_text())
+    except json.JSONDecodeError as error:
+        raise CheckpointError(f"{directory}/{CONFIG_FILE}: {error}") from error
+
+
 def read_peft(directory: str | Path, hf_dir: str | Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """The configuration and the canonically named tensors of a PEFT directory; ``CheckpointError`` if it is none.
 
     ``hf_dir`` holds the model that they adapt.
     """
     directory, canonical_name = Path(directory), canonical_names(Path(hf_dir))
-    for file in (CONFIG_FILE, WEIGHTS_FILE):
-        if not (directory / file).is_file():
-            raise CheckpointError(f"{directory}: not a PEFT directory: it has no {file}")
+    config = read_peft_config(directory)
     try:
-        config = json.loads((directory / CONFIG_FILE).read_text())
         stored = load_file(directory / WEIGHTS_FILE)
-    except (json.JSONDecodeError, SafetensorError) as error:
+    except SafetensorError as error:
         raise CheckpointError(f"{directory}: {error}") from error
     return config, {canonical_name(name.removeprefix(PREFIX)): tensor for name, tensor in stored.items()}
 
 
-def _check_config(directory: str | Path, config: dict[str, Any], lora: LoraConfig) -> None:
-    """Raise unless the adapters of ``directory`` are what ``model.lora`` describes."""
+def check_peft(directory: str | Path, config: dict[str, Any], lora: LoraConfig) -> None:
+    """Raise unless the adapters of a PEFT directory are those that ``model.lora`` describes, B A beside W and no more.
+
+    ``config`` is its ``adapter_config.json``. What it holds besides ``_DESCRIPTIVE`` must be unset, so that a field of
+    a PEFT to come is refused as well.
+    """
+    file = f"{directory}/{CONFIG_FILE}"
     expected = {"peft_type": "LORA", "r": lora.rank, "lora_alpha": lora.alpha, "use_rslora": lora.use_rslora}
-    expected |= {"use_dora": False, "bias": "none", "modules_to_save": None, "rank_pattern": {}, "alpha_pattern": {}}
-    wrong = [f"{key}={config[key]} (not {value})" for key, value in expected.items() if config.get(key, value) != value]
+    if config["peft_type"] == "LORA" and str(config["init_lora_weights"]).lower() not in _BASE_STAYS:
+        raise CheckpointError(
+            f"{file}: init_lora_weights={config['init_lora_weights']} is not known to leave the model's weights as "
+            "they are: have PEFT convert it (save_pretrained with path_initial_model_for_weight_conversion)"
+        )
+    known = {*expected, "init_lora_weights", *_DESCRIPTIVE}
+    foreign = [f"{key}={value}" for key, value in config.items() if key not in known and value not in _UNSET]
+    if foreign:
+        raise CheckpointError(f"{file}: adapters are read without {listed(foreign)}")
+    wrong = [f"{key}={config[key]} (not {value})" for key, value in expected.items() if config[key] != value]
     if wrong:
-        raise CheckpointError(f"{directory}/{CONFIG_FILE} does not fit model.lora: {listed(wrong)}")
+        raise CheckpointError(f"{file} does not fit model.lora: {listed(wrong)}")
 
 
 @torch.no_grad()
@@ -132,7 +168,7 @@ def load_peft(
     ``reload_model_params()`` afterwards.
     """
     config, tensors = read_peft(directory, hf_dir)
-    _check_config(directory, config, lora)
+    check_peft(directory, config, lora)
     expected = {name for mapping in adapters for name in mapping.hf}
     missing, unknown = sorted(expected - set(tensors)), sorted(set(tensors) - expected)
     problems = [f"missing keys: {listed(missing)}"] if missing else []
@@ -163,20 +199,28 @@ def described(config: dict[str, Any], tensors: dict[str, Tensor], parts: Iterabl
 
 
 def merged_tensors(
-    reader: HFReader, directory: str | Path, config: dict[str, Any], tensors: dict[str, Tensor]
+    reader: HFReader,
+    mappings: list[Mapping],
+    directory: str | Path,
+    config: dict[str, Any],
+    tensors: dict[str, Tensor],
 ) -> Iterator[tuple[str, Tensor]]:
     """Every tensor of ``reader``, the adapters of the PEFT ``directory`` added; one at a time.
 
-    ``CheckpointError`` before the first when an adapter has no matrix, or there is none.
+    ``mappings`` are the model's. ``CheckpointError`` before the first when an adapter is on no linear layer, as those
+    of embeddings and output heads are, or there is none.
     """
     lora = described(config, tensors, PARTS)
-    _check_config(directory, config, lora)
+    check_peft(directory, config, lora)
     modules = set(lora.target_modules)
-    lost = sorted(module for module in modules if module + WEIGHT not in reader)
-    lost += sorted(module for module in modules if {module + HF_A, module + HF_B} - set(tensors))
+    halves = {module for module in modules if {module + HF_A, module + HF_B} - set(tensors)}
+    lost = sorted(halves | {module for module in modules if module + WEIGHT not in reader})
     if lost or not modules:
         where = f"{directory}: adapters without a matrix in {reader.directory}"
         raise CheckpointError(f"{where}: {listed(lost) or 'none at all'}")
+    unfit = sorted(modules - {name for mapping in mappings for name in projections(mapping)})
+    if unfit:
+        raise CheckpointError(f"{directory}: adapters on what is no linear layer of the model's parts: {listed(unfit)}")
 
     def merged() -> Iterator[tuple[str, Tensor]]:
         for name in reader.keys():  # noqa: SIM118

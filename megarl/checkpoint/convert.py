@@ -21,8 +21,9 @@ from torch import Tensor
 
 from megarl.checkpoint import megatron
 from megarl.checkpoint.adapters import described, load_peft, merged_tensors, read_peft, write_peft
+from megarl.checkpoint.belonging import frozen_digests, other_weights
 from megarl.checkpoint.huggingface import CheckpointError, HFReader, check_load, load_hf, read_config, write_hf
-from megarl.checkpoint.manifest import read_manifest
+from megarl.checkpoint.manifest import Manifest, read_manifest
 from megarl.checkpoint.parity import MAX_LOGITS_PARAMETERS, compare_logits, compare_tensors, write_parity
 from megarl.checkpoint.progress import counted, progress
 from megarl.checkpoint.staging import require_empty, staged
@@ -133,6 +134,7 @@ def megatron_to_hf(
     manifest = read_manifest(checkpoint)
     config = load_experiment(checkpoint / "config.yaml")
     if "adapters" in manifest.contents:
+        _check_frozen(checkpoint, manifest, config.model.path)
         with tempfile.TemporaryDirectory() as directory:
             megatron_to_peft(checkpoint, directory)
             report = merge_adapters(config.model.path, directory, out_dir, dtype=dtype, logits=logits)
@@ -155,6 +157,16 @@ def megatron_to_hf(
             report |= compare_tensors(stored.tensors(mappings), mappings, HFReader(directory))
             write_parity(directory, report)
     return report
+
+
+def _check_frozen(checkpoint: Path, manifest: Manifest, hf_dir: str) -> None:
+    """Raise unless ``hf_dir`` has the weights that the checkpoint's adapters learned beside."""
+    hf, reader = read_config(hf_dir), HFReader(hf_dir)
+    names = [name for mapping in family_of(hf).mappings(hf) for name in mapping.hf if name in reader]
+    dtype = FILE_DTYPES[manifest.dtype]
+    ours = frozen_digests(((name, reader[name].to(dtype)) for name in names), dtype)
+    if problems := other_weights(manifest.adapters.get("frozen", {}), ours):
+        raise CheckpointError(f"{checkpoint} holds adapters of another model than model.path={hf_dir}: {problems[0]}")
 
 
 def megatron_to_peft(checkpoint: str | Path, out_dir: str | Path) -> int:
@@ -192,10 +204,10 @@ def merge_adapters(
     hf_dir, adapter_dir, out_dir = Path(hf_dir), Path(adapter_dir), Path(out_dir)
     reader, (config, tensors) = HFReader(hf_dir), read_peft(adapter_dir, hf_dir)
     target = None if dtype is None else FILE_DTYPES[dtype]
-    merged = partial(merged_tensors, reader, adapter_dir, config, tensors)
     model_config = ModelConfig(path=str(hf_dir), dtype="float32")
     with single_process():
         meta, mappings = whole_model(hf_dir, model_config, "meta")
+        merged = partial(merged_tensors, reader, mappings, adapter_dir, config, tensors)
         with staged(out_dir, reader.num_bytes()) as directory:
             write_hf(directory, counted(merged(), reader.num_bytes(), f"writing {out_dir}"), hf_dir, dtype=target)
             report = {

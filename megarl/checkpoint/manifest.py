@@ -42,6 +42,7 @@ class Manifest:
     versions: dict[str, str]
     files: dict[str, int] = field(default_factory=dict)  # path in the checkpoint -> bytes
     sha256: dict[str, str] = field(default_factory=dict)  # of the same files
+    adapters: dict[str, Any] = field(default_factory=dict)  # what they belong to, if there are any: see belonging.py
     format: int = FORMAT
 
 

@@ -37,6 +37,7 @@ from torch.distributed.checkpoint import CheckpointException, FileSystemReader
 from torch.distributed.checkpoint.metadata import Metadata
 
 from megarl.checkpoint import writer
+from megarl.checkpoint.belonging import belonging, misfits
 from megarl.checkpoint.huggingface import CheckpointError, copy_auxiliary_files, listed, read_config
 from megarl.checkpoint.manifest import (
     MANIFEST_FILE,
@@ -255,6 +256,7 @@ def save(
         dtype=config.model.params_dtype,
         architecture=read_config(source).architectures[0],
         versions=_versions(),
+        adapters=belonging(unwrap_model(model)) if "adapters" in contents else {},
     )
     texts = {"extra.json": json.dumps(extra, indent=2) + "\n", "config.yaml": to_yaml(config)}
 
@@ -364,7 +366,8 @@ def load(
     """
     path = Path(path)
     manifest = intact(path)
-    held = _model_part(unwrap_model(model))
+    module = unwrap_model(model)
+    held = _model_part(module)
     if held not in manifest.contents:
         raise CheckpointError(
             f"{path} holds {', '.join(manifest.contents)}, and a model with model.lora.rank "
@@ -373,6 +376,8 @@ def load(
     for name, part in (("optimizer", optimizer), ("scheduler", scheduler), *parts.items()):
         if part is not None and name not in manifest.contents:
             raise CheckpointError(f"{path} holds no {name}, only {', '.join(manifest.contents)}: load it without")
+    if held == "adapters" and (problems := misfits(manifest.adapters, belonging(module))):
+        raise CheckpointError(f"{path} holds adapters of another policy: {'; '.join(problems)}")
     check_tensors(path, model, optimizer, parts)
     policy = TrainedPart(model, optimizer, scheduler)
     try:

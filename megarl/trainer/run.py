@@ -27,14 +27,16 @@ from transformers import PretrainedConfig
 
 from megarl.algorithms.checks import check_algorithm
 from megarl.checkpoint import megatron as checkpoints
+from megarl.checkpoint.adapters import check_peft, read_peft_config
 from megarl.checkpoint.huggingface import read_config
-from megarl.config import RunConfig
+from megarl.config import LoraConfig, RunConfig
 from megarl.data.conversations import Conversations
 from megarl.data.lengths import row_lengths
 from megarl.data.packing import most_tokens
 from megarl.data.processors import Processor
 from megarl.data.source import Limit, PromptSource
 from megarl.experiment import to_yaml
+from megarl.models.common.lora import check_targets, projections
 from megarl.models.family import family_of
 from megarl.observability.console import Console
 from megarl.observability.tracker import METRICS_FILE, Tracker
@@ -66,6 +68,8 @@ def check(config: RunConfig) -> None:
     family_of(hf_config).validate(hf_config, config.parallel)
     ddp_options(config)
     optimizer_options(config, config.optimizer)
+    if config.model.lora.rank:
+        check_lora(config.model.lora, hf_config)
     if config.has_critic and config.critic.path:
         _check_critic(config, hf_config)
     key, response = "rollout.max_new_tokens", config.rollout.max_new_tokens
@@ -83,6 +87,14 @@ def check(config: RunConfig) -> None:
             f"data.max_prompt_length={prompt} and {key}={response} are more than the {most_tokens(config)} tokens that "
             f"fit a microbatch of trainer.max_tokens_per_microbatch={config.trainer.max_tokens_per_microbatch}"
         )
+
+
+def check_lora(lora: LoraConfig, policy: PretrainedConfig) -> None:
+    """Adapters are on layers that there are, and those to start from are of the kind that is configured."""
+    every = [name for mapping in family_of(policy).mappings(policy) for name in projections(mapping)]
+    check_targets(every, lora, policy.architectures[0])
+    if lora.path:
+        check_peft(lora.path, read_peft_config(lora.path), lora)
 
 
 def _check_critic(config: RunConfig, policy: PretrainedConfig) -> None:

@@ -127,11 +127,10 @@ def test_what_does_not_fit_is_named(pool, ref, tmp_path):
         target_modules=[*LORA.target_modules, "k_proj"]
     )
     assert "it has no adapter_config.json" in error(path=ref.directory)
-    assert "use_dora=True (not False)" in error(path=changed(ref, tmp_path / "dora", use_dora=True))
-    assert "rank_pattern={'q_proj': 8} (not {})" in error(
-        path=changed(ref, tmp_path / "ranks", rank_pattern={"q_proj": 8})
+    assert "read without use_dora=True" in error(path=changed(ref, tmp_path / "dora", use_dora=True))
+    assert error(target_modules=["q_porj"], path="").endswith(
+        "has no layer 'q_porj' that adapters fit; did you mean 'q_proj'?"
     )
-    assert error(target_modules=["q_porj"], path="").endswith("has no layer 'q_porj'; did you mean 'q_proj'?")
 
 
 def test_adapters_that_fit_nothing_are_an_error(ref, tmp_path):

@@ -16,7 +16,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar
-from weakref import WeakSet
+from weakref import WeakKeyDictionary
 
 import torch
 import torch.nn.functional as F
@@ -45,7 +45,17 @@ WEIGHT, A, B = ".weight", f"{CHILD}lora_A", f"{CHILD}lora_B"
 HF_A, HF_B = ".lora_A.weight", ".lora_B.weight"
 ALL_LINEAR = "all-linear"
 
-_adapted_models: WeakSet[nn.Module] = WeakSet()
+
+@dataclass(frozen=True)
+class Attachment:
+    """What ``attach`` gave a model."""
+
+    lora: LoraConfig
+    mappings: list[Mapping]  # of the model
+    adapters: list[Mapping]
+
+
+_attachments: WeakKeyDictionary[nn.Module, Attachment] = WeakKeyDictionary()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -193,6 +203,16 @@ def _wants(target: str, projection: str) -> bool:
     return target in (ALL_LINEAR, projection) or projection.endswith(f".{target}")
 
 
+def check_targets(every: list[str], lora: LoraConfig, where: str) -> None:
+    """``ValueError`` for a target that is none of the modules ``every``, which are those of ``where``."""
+    for target in lora.target_modules:
+        if not any(_wants(target, name) for name in every):
+            known = sorted({name.rpartition(".")[2] for name in every})
+            near = difflib.get_close_matches(target, known, n=1)
+            hint = f"; did you mean {near[0]!r}?" if near else f", only {', '.join(known)}"
+            raise ValueError(f"model.lora.target_modules: {where} has no layer {target!r} that adapters fit{hint}")
+
+
 def adapted_projections(mappings: list[Mapping], lora: LoraConfig, parts: dict[str, str]) -> dict[str, list[str]]:
     """Megatron's name of each layer that gets adapters -> the checkpoint's modules in it that do.
 
@@ -204,12 +224,7 @@ def adapted_projections(mappings: list[Mapping], lora: LoraConfig, parts: dict[s
     roots = tuple(f"{parts[part]}." for part in lora.parts)
     candidates = {m.megatron.removesuffix(WEIGHT): projections(m) for m in mappings if m.megatron.startswith(roots)}
     every = [name for names in candidates.values() for name in names]
-    for target in lora.target_modules:
-        if not any(_wants(target, name) for name in every):
-            known = sorted({name.rpartition(".")[2] for name in every})
-            near = difflib.get_close_matches(target, known, n=1)
-            hint = f"; did you mean {near[0]!r}?" if near else f", only {', '.join(known)}"
-            raise ValueError(f"model.lora.target_modules: {', '.join(lora.parts)} has no layer {target!r}{hint}")
+    check_targets(every, lora, ", ".join(lora.parts))
     chosen = {
         layer: [name for name in names if any(_wants(target, name) for target in lora.target_modules)]
         for layer, names in candidates.items()
@@ -230,7 +245,6 @@ def attach(
     rank = parallel_state.get_tensor_model_parallel_rank()
     size = parallel_state.get_tensor_model_parallel_world_size()
     num_rows: dict[str, int] = {}
-    _adapted_models.add(model)
     model.requires_grad_(False)
     for local_name, _ in list(model.named_parameters()):
         name = model.global_name(local_name).removesuffix(WEIGHT)
@@ -246,6 +260,7 @@ def attach(
         module.gated = isinstance(layers[name], GatedMLP)
         module.__class__ = AdaptedColumnParallelLinear if column else AdaptedRowParallelLinear
     table = [mapping for name, names in chosen.items() for mapping in _mappings(layers[name], names, num_rows)]
+    _attachments[model] = Attachment(lora, mappings, table)
     _initialize(model, table, rank, size, seed)
     for block in model.modules():
         if isinstance(block, TransformerBlock) and block.config.recompute_granularity is not None:
@@ -331,7 +346,12 @@ def _require_grad(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tup
 
 def is_adapted(model: nn.Module) -> bool:
     """Whether ``attach`` was called on ``model``, which may be a stage that no adapter is on."""
-    return model in _adapted_models
+    return model in _attachments
+
+
+def attachment(model: nn.Module) -> Attachment:
+    """What ``attach`` gave ``model``."""
+    return _attachments[model]
 
 
 def adapted_layers(model: nn.Module) -> dict[int, _Adapted]:
