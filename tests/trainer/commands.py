@@ -9,6 +9,8 @@ from pathlib import Path
 
 import psutil
 
+from megarl.observability.glossary import unexplained
+
 ROOT = Path(__file__).resolve().parents[2]
 EXPERIMENT = str(Path(__file__).with_name("experiment.py"))
 
@@ -38,6 +40,7 @@ def metrics(run_dir):
     path = Path(run_dir) / "metrics.jsonl"
     lines = path.read_text().splitlines() if path.is_file() else []
     rows = [json.loads(line) for line in lines if line.endswith("}")]
+    assert not unexplained({name for row in rows for name in row} - {"step"})
     return {row["step"]: {k: v for k, v in row.items() if not k.startswith(("timing", "perf/"))} for row in rows}
 
 
