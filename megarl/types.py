@@ -7,7 +7,7 @@ I images, P patches. A stream has one entry for each thing it describes; nothing
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 import numpy as np
@@ -49,6 +49,10 @@ class Media:
     @property
     def num_patches(self) -> int:
         return int(self.grids.prod(axis=1).sum())
+
+    def without_files(self) -> Media:
+        """For who needs to know of them what they are, and gets what becomes of them from others."""
+        return replace(self, images=[b""] * len(self.images))
 
     def select(self, indices: Sequence[int]) -> Media:
         """Those at ``indices``, in that order."""

@@ -193,3 +193,8 @@ class RunConfig:
         """Which of the data-parallel ranks a rank of the trainer belongs to: tensor first, then context, then data."""
         shared = self.parallel.tensor_model_parallel_size * self.parallel.context_parallel_size
         return rank // shared % self.data_parallel_size
+
+    def decodes_images(self, rank: int) -> bool:
+        """Whether a rank of the trainer decodes images: one of each tensor-parallel group of the first stage does."""
+        first_stage = self.world_size // self.parallel.pipeline_model_parallel_size
+        return rank < first_stage and rank % self.parallel.tensor_model_parallel_size == 0

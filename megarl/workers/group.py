@@ -81,17 +81,19 @@ class WorkerGroup:
     def dispatch(self, method: str, bins: Sequence[Any], *args: Any) -> list[Any]:
         """``method`` on every rank with the bins of its data-parallel rank: nested lists of ``PackedBatch`` for each.
 
-        Streams and images are put into the object store once, images for the rank that encodes them only.
+        Streams and images are put into the object store once, images for the rank that decodes them only.
         """
         self.take_turn()
         streams = [ray.put(_each(streams_of, item)) for item in bins]
-        shares: dict[tuple[int, int], ray.ObjectRef] = {}
+        shares: dict[tuple[int, int, bool], ray.ObjectRef] = {}
         calls = []
         for rank, actor in enumerate(self.ranks):
             data, context = self.config.data_parallel_rank(rank), self.encoder(rank)
-            if context is not None and (data, context) not in shares:
-                shares[data, context] = ray.put(_each(partial(share_of, context_parallel_rank=context), bins[data]))
-            share = None if context is None else shares[data, context]
+            key = data, context, self.config.decodes_images(rank)
+            if context is not None and key not in shares:
+                share = partial(share_of, context_parallel_rank=context, decodes=key[-1])
+                shares[key] = ray.put(_each(share, bins[data]))
+            share = None if context is None else shares[key]
             calls.append(actor.with_share.remote(method, streams[data], share, *args))
         return self.gather(calls)
 
@@ -170,9 +172,12 @@ def streams_of(batch: PackedBatch) -> PackedBatch:
     return replace(batch, vision=[])
 
 
-def share_of(batch: PackedBatch, *, context_parallel_rank: int) -> list[VisionShare | None]:
-    """``batch.vision`` without the images that other ranks encode."""
-    return [share if rank == context_parallel_rank else None for rank, share in enumerate(batch.vision)]
+def share_of(batch: PackedBatch, *, context_parallel_rank: int, decodes: bool) -> list[VisionShare | None]:
+    """``batch.vision`` without the images that other ranks encode, nor their files unless the rank ``decodes``."""
+    share = batch.vision[context_parallel_rank]
+    if share is not None and not decodes:
+        share = replace(share, media=share.media.without_files())
+    return [share if rank == context_parallel_rank else None for rank in range(len(batch.vision))]
 
 
 def _each(function: Callable[..., Any], bins: Any, *others: Any) -> Any:

@@ -3,17 +3,19 @@
 import pickle
 from types import SimpleNamespace
 
+import numpy as np
+
 from megarl.data.packing import pack_microbatch
 from megarl.workers.group import _RankActor, share_of, streams_of
 from tests.data.test_packing import packing, sample
 from tests.data.test_sharing import encoding
 
 
-def test_an_image_travels_to_the_rank_that_encodes_it():
+def test_an_image_travels_to_the_rank_that_decodes_it():
     images = [bytes([number]) * 50_000 for number in range(4)]
     samples = [sample(9, group=group, image=images[group]) for group in range(4) for _ in range(8)]
     bins = pack_microbatch([samples[:20], samples[20:]], packing(encoding=encoding(context_parallel_size=2)))
-    shares = [[share_of(batch, context_parallel_rank=rank) for rank in range(2)] for batch in bins]
+    shares = [[share_of(batch, context_parallel_rank=rank, decodes=True) for rank in range(2)] for batch in bins]
     sizes = [len(pickle.dumps(share)) for ranks in shares for share in ranks]
     assert all(50_000 < size < 55_000 for size in sizes), sizes
     assert all(len(pickle.dumps(streams_of(batch))) < 30_000 for batch in bins)
@@ -23,3 +25,7 @@ def test_an_image_travels_to_the_rank_that_encodes_it():
             assert whole.vision[rank] is batch.vision[rank]
             assert whole.vision[1 - rank] is None
             assert whole.tokens is batch.tokens
+            told = share_of(batch, context_parallel_rank=rank, decodes=False)
+            assert len(pickle.dumps(told)) < 5_000
+            assert told[rank].media.images == [b""] * len(batch.vision[rank].media.images)
+            np.testing.assert_array_equal(told[rank].media.grids, batch.vision[rank].media.grids)
