@@ -404,13 +404,10 @@ class EngineActor:
             return {}
 
         def shown() -> dict[str, Any]:
-            processor = self._processor
-            made = {"image_data": processor.engine_inputs(media), "video_data": processor.engine_videos(media)}
-            for inputs in (one for given in made.values() for one in given):
-                for name in ("pixel_values", "pixel_values_videos"):
-                    if name in inputs:
-                        inputs[name] = inputs[name].to(self._pixels_dtype)
-            return made
+            return {
+                "image_data": self._processor.engine_inputs(media, self._pixels_dtype),
+                "video_data": self._processor.engine_videos(media, self._pixels_dtype),
+            }
 
         return await asyncio.get_running_loop().run_in_executor(self._decoders, shown)
 

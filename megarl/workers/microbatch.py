@@ -14,30 +14,7 @@ from megarl.algorithms.selections import action_uniforms
 from megarl.models.common.vision import VisionInputs
 from megarl.parallel.context import local_positions
 from megarl.types import Media, PackedBatch
-from megarl.utils.transfer import send
-
-
-@dataclass
-class Pixels:
-    """Patches of a microbatch's images, which threads decode while the rank computes something else.
-
-    The first rank of a tensor-parallel group decodes for all of it.
-    """
-
-    decoded: Callable[[], Tensor] | None  # waits for the threads: [P, E] float32 on the host; None: received
-    shape: tuple[int, int]  # (P, E)
-    device: torch.device
-    group: ProcessGroup  # tensor parallel
-
-    def on_device(self) -> Tensor:
-        """[P, E] on the device; every rank of the group calls it, in the same order of microbatches."""
-        if self.decoded is None:
-            pixels = torch.empty(self.shape, device=self.device)
-        else:
-            pixels = send(self.decoded(), self.device)
-        if self.group.size() > 1 and pixels.numel():
-            torch.distributed.broadcast(pixels, group=self.group, group_src=0)
-        return pixels
+from megarl.workers.pixels import Pixels
 
 
 @dataclass
@@ -72,7 +49,7 @@ class MicroBatch:
     pixels: Pixels | None = None  # of ``vision``, as long as they are not there; None: nothing is decoded
 
     def shown(self) -> VisionInputs | None:
-        """``vision`` with its pixels on the device, from where they go with the pass; see ``Pixels.on_device``."""
+        """``vision`` with its pixels on the device, from where they go with the pass; see ``Pixels``."""
         return self.vision if self.pixels is None else replace(self.vision, pixel_values=self.pixels.on_device())
 
 
@@ -88,7 +65,7 @@ def to_device(
 ) -> MicroBatch:
     """Move ``batch`` to ``device``.
 
-    ``decode`` begins to decode images and is None on stages that have no vision tower; ``vision_group``: the data- and
+    ``decode`` takes images to be decoded and is None on stages without a vision tower; ``vision_group``: the data- and
     context-parallel ranks, which share the images of a microbatch. ``step``: of the run, for random numbers.
     """
 
@@ -102,7 +79,7 @@ def to_device(
     if decode is not None and (share := batch.vision[cp_rank]) is not None:
         pixels = decode(share.media)
         vision = VisionInputs(
-            pixel_values=torch.empty(0, pixels.shape[1]),
+            pixel_values=torch.empty(0, pixels.step.processor.patch_dim),
             grids=torch.from_numpy(share.media.grids),
             sizes=torch.from_numpy(share.media.sizes),
             index=torch.from_numpy(share.index),

@@ -6,11 +6,9 @@ Every public method is called on every rank with the arguments of the rank's dat
 
 from __future__ import annotations
 
-import os
 import time
 from collections import defaultdict
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, nullcontext
 from datetime import timedelta
 from functools import partial
@@ -42,14 +40,15 @@ from megarl.models.common.lora import HF_A, adapters_off, served
 from megarl.models.common.transformer_config import DTYPES
 from megarl.parallel import groups, mcore_cpu
 from megarl.parallel.context import sum_over
-from megarl.types import Estimates, Media, PackedBatch
+from megarl.types import Estimates, PackedBatch
 from megarl.utils.checksum import tensor_checksum
 from megarl.workers.averages import Ema, MovingReference
 from megarl.workers.build import add_adapters, build_model, build_trainable
 from megarl.workers.critic import Critic, action_values, add_value_head, value_losses
-from megarl.workers.microbatch import MicroBatch, Pixels, to_device
+from megarl.workers.microbatch import MicroBatch, to_device
 from megarl.workers.offload import Offload
 from megarl.workers.passes import Outputs, Totals, keep, run, speaks, whole
+from megarl.workers.pixels import StepPixels, num_threads
 from megarl.workers.selection import mark_selected
 from megarl.workers.sender import Listener, WeightSender
 from megarl.workers.utilisation import device_metrics, microbatch_flops
@@ -58,8 +57,6 @@ mcore_cpu.install()
 
 from megatron.core import parallel_state  # noqa: E402
 from megatron.core.transformer.module import MegatronModule  # noqa: E402
-
-_MAX_DECODERS = 16  # threads of a rank: they are ahead of the device long before that
 
 
 class PolicyWorker:
@@ -73,9 +70,6 @@ class PolicyWorker:
         self.seconds: dict[str, float] = defaultdict(float)
         self.sender = WeightSender(config, rank)
         self.saving: checkpoints.Handle | None = None
-        # for images; more cores than these belong to other ranks, which decode theirs
-        cores = len(os.sched_getaffinity(0)) // max(1, config.world_size // config.trainer.num_nodes)
-        self.threads = ThreadPoolExecutor(max(1, min(cores, _MAX_DECODERS)), thread_name_prefix="decode")
 
     def setup(self, master_address: str, master_port: int) -> None:
         """Join the world, then ``prepare``."""
@@ -110,6 +104,13 @@ class PolicyWorker:
         self.hf_dir = hf_dir
         c = self.config
         self.processor = load_processor(hf_dir, c)
+        self.pixels = StepPixels(
+            self.processor,
+            threads=num_threads(c, self.rank) if c.decodes_images(self.rank) else 0,
+            group=parallel_state.get_tensor_model_parallel_group(),
+            device=self.device,
+            dtype=DTYPES[c.model.params_dtype],
+        )
         lora = c.model.lora.rank > 0
         self.model, self.mappings = build_model(c, c.model.path if lora else hf_dir, weights=weights or lora)
         self.adapters = add_adapters(c, self.model, self.mappings, weights=weights)
@@ -153,23 +154,25 @@ class PolicyWorker:
             place = partial(
                 to_device,
                 device=self.device,
-                decode=self._decode if parallel_state.is_pipeline_first_stage() else None,
+                decode=self.pixels.add if parallel_state.is_pipeline_first_stage() else None,
                 vision_group=parallel_state.get_data_parallel_group(with_context_parallel=True),
                 cp_size=parallel_state.get_context_parallel_world_size(),
                 cp_rank=parallel_state.get_context_parallel_rank(),
                 step=step or 0,
             )
             self.microbatches = [[place(batch) for batch in minibatch] for minibatch in minibatches]
+            self.pixels.begin()
         self.run_step = step
 
-    def _decode(self, media: Media) -> Pixels:
-        """Have threads decode ``media``, one image after the other in the order in which passes need them."""
-        group = parallel_state.get_tensor_model_parallel_group()
-        decoded = self.processor.decode_in(self.threads, media) if group.rank() == 0 else None
-        return Pixels(decoded, (int(media.grids.prod(1).sum()), self.processor.patch_dim), self.device, group)
+    def _unload(self) -> None:
+        self.microbatches = []
+        self.pixels.clear()
 
     def estimate(self, batches: list[PackedBatch]) -> list[Estimates] | None:
-        """What advantages are made of besides rewards, for each bin; None where it is not computed."""
+        """What advantages are made of besides rewards, for each bin; None where it is not computed.
+
+        Decoded images stay for ``load``, which shows them again.
+        """
         self.load([batches])
         (microbatches,), self.microbatches = self.microbatches, []
         algorithm, streams = self.config.algorithm, {}
@@ -223,7 +226,7 @@ class PolicyWorker:
             self.trained.gather_parameters()
         if self.device.type == "cuda":
             totals.values |= device_metrics(0.0 if frozen else self._flops(), self.seconds["update_actor"])
-        self.microbatches = []
+        self._unload()
         for offload in self._offloads():
             if offload.restored:
                 self.seconds["restore"] += offload.seconds
@@ -243,16 +246,17 @@ class PolicyWorker:
         """Log-probs [N] of the actions of each bin, or None where they are not computed; ``ban`` as in sampling."""
         self.offload.restore("parameters")
         self.load([batches])
-        (microbatches,), self.microbatches = self.microbatches, []
-        return whole(microbatches, self._logprobs(microbatches, self.model, temperature, ban))
+        logprobs = whole(self.microbatches[0], self._logprobs(self.microbatches[0], self.model, temperature, ban))
+        self._unload()
+        return logprobs
 
     def validate(self, batches: list[PackedBatch]) -> Totals | None:
         """The loss on ``batches`` without training on them."""
         self.offload.restore("parameters")
         self.load([batches])
-        (microbatches,), self.microbatches = self.microbatches, []
         totals = Totals()
-        self._look(microbatches, totals)
+        self._look(self.microbatches[0], totals)
+        self._unload()
         return totals if speaks() else None
 
     def sync_reference(self) -> None:

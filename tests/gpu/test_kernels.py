@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from megarl.data.processors.levels import look_up
 from megarl.kernels.logprob import linear_logprob, linear_logprob_naive
 from megarl.utils.checksum import tensor_checksum
 from tests.gpu.processes import DEVICES
@@ -106,3 +107,13 @@ def test_experts(device, ranks):
     for name, mine, other in zip(names, ours, theirs, strict=True):
         error = float((mine - other).norm() / other.norm())
         assert error < 2e-2, f"{name}: {error:.4f}"
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("device", DEVICES)
+def test_levels_of_pixels_are_those_of_the_table(device, dtype):
+    torch.manual_seed(0)
+    levels, pixels = torch.randn(3, 256).to(dtype), torch.randint(0, 256, (500, 1176), dtype=torch.uint8)
+    found = look_up(pixels.to(device), levels.to(device)).cpu()
+    channels = pixels.view(500, 3, 392)
+    assert torch.equal(found.view(500, 3, 392), torch.stack([levels[c][channels[:, c].long()] for c in range(3)], 1))

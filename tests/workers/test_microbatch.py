@@ -9,9 +9,11 @@ from tests.workers.test_policy import config_of, minibatches_of, worker_of
 
 
 def decoding_of(config) -> dict:
-    """On a rank: who decodes in a step, and the pixels of its microbatches."""
+    """On a rank: who decodes in a step, the pixels of its microbatches, and what the group is sent of them."""
+    import torch.distributed as dist
+
     worker = worker_of(config)
-    decoded, patches = [], worker.processor.patches
+    decoded, patches, sent, broadcast = [], worker.processor.patches, [], dist.broadcast
 
     def noting(data, grid):
         decoded.append((data, threading.current_thread().name))
@@ -19,25 +21,40 @@ def decoding_of(config) -> dict:
 
     worker.processor.patches = noting
     minibatches = minibatches_of(config, worker)
+    worker.estimate([batch for bins in minibatches for batch in bins])
     worker.load(minibatches)
     flat = [m for minibatch in worker.microbatches for m in minibatch]
     held = sum(m.vision.pixel_values.numel() for m in flat)
+    dist.broadcast = lambda tensor, **options: sent.append(str(tensor.dtype)) or broadcast(tensor, **options)
     pixels = [m.shown().pixel_values.numpy() for m in flat]
+    dist.broadcast = broadcast
     worker.score()
     worker.train()
+    left = len(worker.pixels.decoded)
+    worker.processor.patches = patches
     expected = [worker.processor.pixel_values(b.vision[0].media).numpy() for bins in minibatches for b in bins]
-    return {"decoded": decoded, "held": held, "pixels": pixels, "expected": expected}
+    return {
+        "decoded": decoded,
+        "held": held,
+        "left": left,
+        "sent": sent,
+        "pixels": pixels,
+        "expected": expected,
+    }
 
 
 def test_one_rank_decodes_each_image_once_a_step_in_threads(model, pool):
-    config = config_of(model, ParallelConfig(tensor_model_parallel_size=2), 2, False)
+    """However many passes show it, those of ``estimate`` included."""
+    config = config_of(model, ParallelConfig(tensor_model_parallel_size=2), 2, False, {"kl_placement": "reward"})
     first, second = pool.run(decoding_of, 2, config)
     images = [data for data, _ in first["decoded"]]
     assert len(images) == len(set(images)) == 3
     assert all(name.startswith("decode") for _, name in first["decoded"])
-    assert [name for _, name in second["decoded"] if name.startswith("decode")] == []
+    assert second["decoded"] == []
     for rank in (first, second):
         assert rank["held"] == 0  # pixels are there for a pass, not for the step
+        assert rank["left"] == 0
+        assert rank["sent"] == ["torch.uint8"] * len(rank["pixels"])
         for ours, expected in zip(rank["pixels"], rank["expected"], strict=True):
             np.testing.assert_array_equal(ours, expected)
 

@@ -77,8 +77,8 @@ def train_once(path, world_size, parallel):
     worker = PolicyWorker(config, dist.get_rank())
     worker.prepare()
     worker.build(str(path), trainable=True)
-    decode, decoded = worker.processor.decode_in, []
-    worker.processor.decode_in = lambda threads, media: decoded.extend(map(len, media.images)) or decode(threads, media)
+    patches, decoded = worker.processor.patches, []
+    worker.processor.patches = lambda data, grid: decoded.append(len(data)) or patches(data, grid)
     samples = samples_of(worker.processor)
     for sample, weights in zip(samples, compute_loss_weights(samples, config.algorithm), strict=True):
         sample.loss_weights = weights

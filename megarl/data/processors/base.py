@@ -8,9 +8,10 @@ import re
 import threading
 from abc import ABC, abstractmethod
 from collections import OrderedDict
-from collections.abc import Callable, Sequence
-from concurrent.futures import Executor
-from functools import cache, partial
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
+from itertools import groupby
+from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
@@ -20,9 +21,11 @@ from jinja2 import TemplateError
 
 from megarl.config import DataConfig
 from megarl.data.images import check_image, image_size
+from megarl.data.processors.levels import look_up
 from megarl.data.videos import Header, Limits, read_header
 from megarl.types import EncodedPrompt, Media, Prompt
 from megarl.utils import torchvision_cpu
+from megarl.utils.transfer import send
 
 torchvision_cpu.install()
 
@@ -62,11 +65,19 @@ class Processor(ABC):
         self.media_token_ids = [self.image_token_id]  # placeholders of images, then of videos where a model takes them
         self.eos_token_ids = self._eos_token_ids()
         self.banned_token_ids = self._banned_token_ids()
+        self._levels: dict[tuple[bool, torch.device, torch.dtype], torch.Tensor] = {}  # where they were needed
         self._cache: OrderedDict[tuple[bytes, bytes, bool], torch.Tensor] = OrderedDict()
         self._cache_bytes = 0
         self._lock = threading.Lock()
 
-    patch_dim: int  # E, numbers of a patch
+    patch_dim: int  # E, numbers of a patch, channel by channel
+
+    @abstractmethod
+    def levels(self, *, video: bool) -> torch.Tensor | None:
+        """[C, 256] float32: what a byte of each channel of an image or video becomes, so that bytes may stand for it.
+
+        None: the preprocessor makes numbers that depend on more, and these stand for themselves.
+        """
 
     @abstractmethod
     def grid(self, height: int, width: int, *, num_images: int) -> tuple[int, int, int]:
@@ -83,11 +94,14 @@ class Processor(ABC):
 
     @abstractmethod
     def patches(self, data: bytes, grid: np.ndarray) -> torch.Tensor:
-        """[p, E] float32: an encoded image of ``grid`` [3] in the order in which the vision tower reads it."""
+        """[p, E] of an encoded image of ``grid`` [3] in the order in which the vision tower reads it.
+
+        uint8 where ``levels`` says what becomes of them, else float32.
+        """
 
     @abstractmethod
-    def engine_inputs(self, media: Media) -> list[dict[str, Any]]:
-        """What SGLang takes as ``image_data`` for the images among ``media``."""
+    def engine_inputs(self, media: Media, dtype: torch.dtype = torch.float32) -> list[dict[str, Any]]:
+        """What SGLang takes as ``image_data`` for the images among ``media``, in the engine's ``dtype``."""
 
     def placeholders(self, media: Media) -> tuple[np.ndarray, np.ndarray]:
         """[J] int64 each: the placeholders that stand in a prompt, in order, and how many tokens each becomes.
@@ -101,10 +115,10 @@ class Processor(ABC):
         raise ValueError(f"a model of type {self.config.model_type} takes no videos")
 
     def video_patches(self, data: bytes) -> torch.Tensor:
-        """[p, E] float32: an encoded video in the order in which the vision tower reads it."""
+        """[p, E] of an encoded video, as ``patches`` of an image."""
         raise ValueError(f"a model of type {self.config.model_type} takes no videos")
 
-    def engine_videos(self, media: Media) -> list[dict[str, Any]]:
+    def engine_videos(self, media: Media, dtype: torch.dtype = torch.float32) -> list[dict[str, Any]]:
         """What SGLang takes as ``video_data`` for the videos among ``media``."""
         return []
 
@@ -267,26 +281,22 @@ class Processor(ABC):
         except (TemplateError, TypeError, ValueError) as error:
             raise ValueError(f"{prompt.name}: the chat template does not take these messages: {error}") from error
 
-    def pixel_values(self, media: Media) -> torch.Tensor:
-        """[P, E] float32: the patches of all images and videos of ``media``; [0, E] where there are none."""
+    # ---- pixels -----------------------------------------------------------------------------------------------------
+
+    def pixel_values(self, media: Media, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+        """[P, E] ``dtype``: the patches of all images and videos of ``media``; [0, E] where there are none."""
         images = zip(media.images, media.grids, media.is_video, strict=True)
-        return self._together(media, [partial(self._cached_patches, *image) for image in images])
+        pixels = self.join(media, [partial(self._cached_patches, *image) for image in images])
+        return self.normalize(pixels, media, dtype)
 
-    def decode_in(self, threads: Executor, media: Media) -> Callable[[], torch.Tensor]:
-        """Begin to decode ``media`` in ``threads``; what waits for its ``pixel_values``, and keeps them."""
-        images = zip(media.images, media.grids, media.is_video, strict=True)
-        begun = [threads.submit(self._cached_patches, *image).result for image in images]
+    def pixel_dtype(self, media: Media) -> torch.dtype:
+        """uint8 where bytes may stand for all that is made of ``media``, else float32; its files are not looked at."""
+        known = (self.levels(video=video) is not None for video in set(media.is_video.tolist()))
+        return torch.uint8 if all(known) else torch.float32
 
-        def together() -> torch.Tensor:
-            pixels = self._together(media, begun)
-            begun.clear()  # each of them holds its image's patches a second time
-            return pixels
-
-        return cache(together)
-
-    def _together(self, media: Media, decoded: Sequence[Callable[[], torch.Tensor]]) -> torch.Tensor:
-        """The patches that ``decoded`` returns, one call an image; an error names the image."""
-        pixels = []
+    def join(self, media: Media, decoded: Sequence[Callable[[], torch.Tensor]]) -> torch.Tensor:
+        """[P, E] ``pixel_dtype``: what ``decoded`` returns, the patches of a medium each; an error names the medium."""
+        dtype, pixels = self.pixel_dtype(media), []
         for index, (patches, grid, video) in enumerate(zip(decoded, media.grids, media.is_video, strict=True)):
             kind = "video" if video else "image"
             try:
@@ -295,7 +305,28 @@ class Processor(ABC):
                 raise ValueError(f"{kind} {index} of {len(media.images)}: {error}") from error
             if len(pixels[-1]) != grid.prod():
                 raise ValueError(f"{kind} {index} has {len(pixels[-1])} patches, its grid says {grid}")
-        return torch.cat(pixels) if pixels else torch.zeros(0, self.patch_dim)
+            if pixels[-1].dtype != dtype:  # bytes beside a kind of which there are none
+                pixels[-1] = self.normalize(pixels[-1], media.select([index]))
+        return torch.cat(pixels) if pixels else torch.zeros(0, self.patch_dim, dtype=dtype)
+
+    def normalize(self, pixels: torch.Tensor, media: Media, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+        """[P, E] ``dtype``, on any device: Hugging Face's ``pixel_values`` from the ``pixels`` [P, E] of ``media``."""
+        if pixels.dtype != torch.uint8:
+            return pixels.to(dtype)
+        runs = _runs(media)
+        parts = [look_up(pixels[rows], self._levels_on(video, pixels.device, dtype)) for video, rows in runs]
+        return parts[0] if len(parts) == 1 else torch.cat([pixels[:0].to(dtype), *parts])
+
+    def _levels_on(self, video: bool, device: torch.device, dtype: torch.dtype) -> torch.Tensor:
+        """``levels`` on ``device``, kept there; rounded to ``dtype`` they are its values rounded to it."""
+        key = video, device, dtype
+        if key not in self._levels:
+            self._levels[key] = send(self.levels(video=video).to(dtype), device)
+        return self._levels[key]
+
+    def decode_medium(self, data: bytes, grid: np.ndarray, video: bool) -> torch.Tensor:
+        """[p, E]: ``patches`` or ``video_patches``."""
+        return self.video_patches(data) if video else self.patches(data, grid)
 
     def _cached_patches(self, data: bytes, grid: np.ndarray, video: bool) -> torch.Tensor:
         key = hashlib.sha256(data).digest(), grid.tobytes(), video
@@ -303,7 +334,7 @@ class Processor(ABC):
             if key in self._cache:
                 self._cache.move_to_end(key)
                 return self._cache[key]
-        patches = self.video_patches(data) if video else self.patches(data, grid)
+        patches = self.decode_medium(data, grid, video)
         with self._lock:
             if key not in self._cache:
                 self._cache[key] = patches
@@ -311,6 +342,8 @@ class Processor(ABC):
             while self._cache_bytes > _CACHE_BYTES:
                 self._cache_bytes -= self._cache.popitem(last=False)[1].nbytes
         return patches
+
+    # ---- responses --------------------------------------------------------------------------------------------------
 
     def encode_response(self, text: str) -> np.ndarray:
         """[L] int32: the ids of a response, the eos included."""
@@ -320,3 +353,12 @@ class Processor(ABC):
     def decode(self, tokens: np.ndarray) -> str:
         """The text of a response, special tokens left out."""
         return self.tokenizer.decode([int(token) for token in tokens], skip_special_tokens=True)
+
+
+def _runs(media: Media) -> Iterator[tuple[bool, slice]]:
+    """The patches of images, or of videos, that lie side by side: (whether of videos, where)."""
+    start = 0
+    for video, run in groupby(zip(media.is_video.tolist(), media.grids.prod(1).tolist(), strict=True), itemgetter(0)):
+        stop = start + sum(patches for _, patches in run)
+        yield video, slice(start, stop)
+        start = stop

@@ -16,6 +16,7 @@ from transformers.video_processing_utils import BaseVideoProcessor
 
 from megarl.data.images import decode_image
 from megarl.data.processors.base import Processor
+from megarl.data.processors.levels import UNSCALED, levels_of, look_up
 from megarl.data.videos import Header, decode_frames, read_header
 from megarl.data.vision_cost import TowerCost
 from megarl.types import Media
@@ -64,7 +65,8 @@ class LlavaProcessor(Processor):
         vision = config.vision_config
         self.image_size, self.patch_size = vision.image_size, vision.patch_size
         self.side = self.image_size // self.patch_size
-        self.patch_dim = vision.num_channels * self.patch_size**2
+        self.num_channels = vision.num_channels
+        self.patch_dim = self.num_channels * self.patch_size**2
         for key in ("min_pixels", "max_pixels"):
             if options.get(key):
                 raise ValueError(
@@ -79,6 +81,7 @@ class LlavaProcessor(Processor):
         self.tower_cost = tower_cost(config)
         self.image_processor = AutoImageProcessor.from_pretrained(self.hf_dir, backend="pil")
         self._check_image_processor()
+        self._image_levels = self._known_levels()
         if self.tokenizer.chat_template is None:
             if config.model_type != "llava":
                 raise ValueError(f"{hf_dir}: the tokenizer has no chat template")
@@ -95,6 +98,26 @@ class LlavaProcessor(Processor):
                     f"{size[0]}, vision_config.image_size={self.image_size}: see its size and crop_size"
                 )
 
+    def _known_levels(self) -> torch.Tensor | None:
+        """``levels`` of images, if they are all that the image processor makes of the bytes of noise.
+
+        It is of whatever class the directory names: one may pad what it normalised, or resize what it rescaled.
+        """
+        processor, size = self.image_processor, self.image_size
+        levels = levels_of(processor, self.num_channels)
+        noise = np.random.default_rng(0).integers(0, 256, (size, 2 * size, 3), dtype=np.uint8)
+        for picture, tiled in ((noise, True), (noise.swapaxes(0, 1), False)):
+            image = Image.fromarray(picture)
+            made, pixels = (self._patches(self._tiles(image, tiled=tiled, **steps)) for steps in ({}, UNSCALED))
+            if pixels.dtype != torch.uint8 or not torch.equal(look_up(pixels, levels), made.float()):
+                logger.warning(
+                    "%s: its %s does more than rescale and normalise bytes: pixels take four bytes each on their way",
+                    self.hf_dir,
+                    type(processor).__name__,
+                )
+                return None
+        return levels
+
     def grid(self, height: int, width: int, *, num_images: int) -> tuple[int, int, int]:
         thin = max(height, width) > MAX_RATIO * min(height, width)
         if thin and "shortest_edge" in self.image_processor.size:  # what is cut off is made as large first
@@ -107,8 +130,14 @@ class LlavaProcessor(Processor):
     def encoding_cost(self, media: Media) -> np.ndarray:
         return self.tower_cost(media.grids)
 
+    def levels(self, *, video: bool) -> torch.Tensor | None:
+        return self._image_levels
+
     def patches(self, data: bytes, grid: np.ndarray) -> torch.Tensor:
-        return self._patches(self._tiles(decode_image(data, self.limits.image_pixels), tiled=bool(grid[0] > 1)))
+        image, tiled = decode_image(data, self.limits.image_pixels), bool(grid[0] > 1)
+        if self._image_levels is None:
+            return self._patches(self._tiles(image, tiled=tiled)).float()
+        return self._patches(self._tiles(image, tiled=tiled, **UNSCALED))
 
     def _patches(self, tiles: torch.Tensor) -> torch.Tensor:
         """[tiles, channels, image_size, image_size] -> [p, E]."""
@@ -120,16 +149,17 @@ class LlavaProcessor(Processor):
         cut = tiles[:, :, :edge, :edge].unflatten(3, (self.side, -1)).unflatten(2, (self.side, -1))
         return cut.permute(0, 2, 4, 1, 3, 5).reshape(-1, self.patch_dim)
 
-    def _tiles(self, image: Image.Image, *, tiled: bool) -> torch.Tensor:
-        """[tiles, channels, height, width] float32; ``tiled``: where the model does so at all."""
-        return torch.from_numpy(self.image_processor(images=[image], return_tensors="np")["pixel_values"]).float()
+    def _tiles(self, image: Image.Image, *, tiled: bool, **steps: bool) -> torch.Tensor:
+        """[tiles, channels, height, width] after the image processor's ``steps``; ``tiled``: where the model does so
+        at all."""
+        return torch.from_numpy(self.image_processor(images=[image], return_tensors="np", **steps)["pixel_values"])
 
-    def engine_inputs(self, media: Media) -> list[dict[str, Any]]:
+    def engine_inputs(self, media: Media, dtype: torch.dtype = torch.float32) -> list[dict[str, Any]]:
         """The patches, and how they are tiles, images or videos, and tokens: see ``rollout.external_processors``."""
         return [
             {
                 "format": "processor_output",
-                "pixel_values": self.pixel_values(media),
+                "pixel_values": self.pixel_values(media, dtype),
                 "grids": torch.as_tensor(media.grids, dtype=torch.int64),
                 "sizes": torch.as_tensor(media.sizes, dtype=torch.int64),
                 "num_tokens": self.num_tokens(media).tolist(),
@@ -171,8 +201,8 @@ class LlavaNextProcessor(LlavaProcessor):
         tiled = num_features((height, width), self._tile_grid(height, width), self.side, self.max_tiles)
         return self.tokens_per_tile + tiled
 
-    def _tiles(self, image: Image.Image, *, tiled: bool) -> torch.Tensor:
-        return super()._tiles(image, tiled=tiled)[0]
+    def _tiles(self, image: Image.Image, *, tiled: bool, **steps: bool) -> torch.Tensor:
+        return super()._tiles(image, tiled=tiled, **steps)[0]
 
 
 class LlavaOnevisionProcessor(LlavaNextProcessor):
@@ -191,17 +221,24 @@ class LlavaOnevisionProcessor(LlavaNextProcessor):
     def video_processor(self) -> BaseVideoProcessor:
         return LlavaOnevisionVideoProcessor.from_pretrained(self.hf_dir)
 
+    @cached_property
+    def _video_levels(self) -> torch.Tensor:
+        return levels_of(self.video_processor, self.num_channels)
+
+    def levels(self, *, video: bool) -> torch.Tensor | None:
+        return self._video_levels if video else super().levels(video=False)
+
     def grid(self, height: int, width: int, *, num_images: int) -> tuple[int, int, int]:
         if num_images > 1:
             return 1, self.side, self.side
         return super().grid(height, width, num_images=num_images)
 
-    def _tiles(self, image: Image.Image, *, tiled: bool) -> torch.Tensor:
+    def _tiles(self, image: Image.Image, *, tiled: bool, **steps: bool) -> torch.Tensor:
         if tiled:
-            return super()._tiles(image, tiled=True)
+            return super()._tiles(image, tiled=True, **steps)
         # images of one sample come as a list, and are not cut when there are several
-        made = self.image_processor(images=[[image, _BLANK]], return_tensors="np")["pixel_values"]
-        return torch.from_numpy(made[0]).float()
+        made = self.image_processor(images=[[image, _BLANK]], return_tensors="np", **steps)["pixel_values"]
+        return torch.from_numpy(made[0])
 
     def frame_indices(self, header: Header) -> list[int]:
         """The frames of a video that the model sees: ``data.video_fps`` a second, at even distances.
@@ -221,10 +258,9 @@ class LlavaOnevisionProcessor(LlavaNextProcessor):
         frames = []
         for frame in decode_frames(data, indices, self.limits):  # one at a time: they are smaller when they are resized
             pixels = torch.from_numpy(np.asarray(frame).copy()).permute(2, 0, 1)[None]
-            made = self.video_processor(
-                [pixels], do_sample_frames=False, input_data_format="channels_first", return_tensors="pt"
-            )
-            frames.append(made["pixel_values_videos"][0].float())
+            options = {"do_sample_frames": False, "input_data_format": "channels_first"}
+            made = self.video_processor([pixels], return_tensors="pt", **options, **UNSCALED)
+            frames.append(made["pixel_values_videos"][0])
         return self._patches(torch.cat(frames))
 
     def placeholders(self, media: Media) -> tuple[np.ndarray, np.ndarray]:

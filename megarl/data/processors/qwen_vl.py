@@ -22,6 +22,7 @@ from transformers.video_utils import VideoMetadata
 
 from megarl.data.images import decode_image
 from megarl.data.processors.base import Processor
+from megarl.data.processors.levels import UNSCALED, levels_of
 from megarl.data.videos import Header, decode_frames, read_header
 from megarl.data.vision_cost import TowerCost
 from megarl.types import Media
@@ -133,12 +134,23 @@ class QwenVLProcessor(Processor):
 
     # ---- pixels -----------------------------------------------------------------------------------------------------
 
+    def levels(self, *, video: bool) -> torch.Tensor:
+        return self._video_levels if video else self._image_levels
+
+    @cached_property
+    def _image_levels(self) -> torch.Tensor:
+        return levels_of(self.image_processor, 3)
+
+    @cached_property
+    def _video_levels(self) -> torch.Tensor:
+        return levels_of(self.video_processor, 3)
+
     def patches(self, data: bytes, grid: np.ndarray) -> torch.Tensor:
         image = decode_image(data, self.limits.image_pixels)
         made = self.image_processor(
-            images=[image], min_pixels=self.min_pixels, max_pixels=self.max_pixels, return_tensors="np"
+            images=[image], min_pixels=self.min_pixels, max_pixels=self.max_pixels, return_tensors="np", **UNSCALED
         )
-        return torch.from_numpy(np.ascontiguousarray(made["pixel_values"], dtype=np.float32))
+        return torch.from_numpy(made["pixel_values"])
 
     def video_patches(self, data: bytes) -> torch.Tensor:
         header = read_header(data, self.limits)
@@ -147,10 +159,8 @@ class QwenVLProcessor(Processor):
         frames = decode_frames(data, indices, self.limits)
         # one frame at a time: a long video need not fit into memory before it is resized
         resized = torch.stack([self._resize(frame, height, width) for frame in frames])
-        made = self.video_processor(
-            [resized], do_sample_frames=False, do_resize=False, input_data_format="channels_first", return_tensors="pt"
-        )
-        return made["pixel_values_videos"].float()
+        options = {"do_sample_frames": False, "do_resize": False, "input_data_format": "channels_first"}
+        return self.video_processor([resized], return_tensors="pt", **options, **UNSCALED)["pixel_values_videos"]
 
     def _resize(self, frame: Image.Image, height: int, width: int) -> torch.Tensor:
         pixels = torch.from_numpy(np.asarray(frame).copy()).permute(2, 0, 1)
@@ -160,18 +170,20 @@ class QwenVLProcessor(Processor):
 
     # ---- what the engine and the rotary embedding want to know ------------------------------------------------------
 
-    def engine_inputs(self, media: Media) -> list[dict[str, Any]]:
-        return self._engine_inputs(media, ~media.is_video, "pixel_values", "image_grid_thw")
+    def engine_inputs(self, media: Media, dtype: torch.dtype = torch.float32) -> list[dict[str, Any]]:
+        return self._engine_inputs(media, ~media.is_video, ("pixel_values", "image_grid_thw"), dtype)
 
-    def engine_videos(self, media: Media) -> list[dict[str, Any]]:
-        return self._engine_inputs(media, media.is_video, "pixel_values_videos", "video_grid_thw")
+    def engine_videos(self, media: Media, dtype: torch.dtype = torch.float32) -> list[dict[str, Any]]:
+        return self._engine_inputs(media, media.is_video, ("pixel_values_videos", "video_grid_thw"), dtype)
 
-    def _engine_inputs(self, media: Media, chosen: np.ndarray, pixels: str, grids: str) -> list[dict[str, Any]]:
+    def _engine_inputs(
+        self, media: Media, chosen: np.ndarray, names: tuple[str, str], dtype: torch.dtype
+    ) -> list[dict[str, Any]]:
         if not chosen.any():
             return []
         part = media.select(np.flatnonzero(chosen).tolist())
-        inputs = {"format": "processor_output", pixels: self.pixel_values(part)}
-        inputs[grids] = torch.as_tensor(part.grids, dtype=torch.int64)
+        made = self.pixel_values(part, dtype), torch.as_tensor(part.grids, dtype=torch.int64)
+        inputs = {"format": "processor_output"} | dict(zip(names, made, strict=True))
         if self.tokens_per_second is not None and media.is_video.any():
             # with the images too: SGLang reads it from the first of the two (its processors/qwen_vl.py)
             inputs["video_second_per_grid"] = torch.from_numpy(media.seconds[media.is_video])

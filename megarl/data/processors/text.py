@@ -23,6 +23,9 @@ class TextProcessor(Processor):
     def grid(self, height: int, width: int, *, num_images: int) -> tuple[int, int, int]:
         raise ValueError(f"{self.config.model_type} models cannot be shown images")
 
+    def levels(self, *, video: bool) -> torch.Tensor | None:
+        raise ValueError(f"{self.config.model_type} models cannot be shown images")
+
     def num_tokens(self, media: Media) -> np.ndarray:
         return np.zeros(0, np.int64)
 
@@ -32,7 +35,7 @@ class TextProcessor(Processor):
     def patches(self, data: bytes, grid: np.ndarray) -> torch.Tensor:
         raise ValueError(f"{self.config.model_type} models cannot be shown images")
 
-    def engine_inputs(self, media: Media) -> list[dict[str, Any]]:
+    def engine_inputs(self, media: Media, dtype: torch.dtype = torch.float32) -> list[dict[str, Any]]:
         raise ValueError(f"{self.config.model_type} models cannot be shown images")
 
 
