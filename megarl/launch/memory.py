@@ -101,6 +101,7 @@ class Sizes:
     tied: bool
     vision: Block | None = None
     patches_per_token: float = 0.0  # at most
+    patch: int = 0  # numbers of one
     other_vision: int = 0  # parameters of the tower outside its layers
     projector: int = 0  # parameters
 
@@ -151,6 +152,7 @@ def _qwen_vision(hf_config: PretrainedConfig, hidden: int) -> dict[str, Any]:
             gated=hf_config.model_type == "qwen2_5_vl",
         ),
         "patches_per_token": merge,
+        "patch": patch,
         "other_vision": width * (patch + (getattr(vision, "num_position_embeddings", None) or 0)),
         "projector": mergers * (width * merge) * (width * merge + hidden),
     }
@@ -163,12 +165,13 @@ def _llava_vision(hf_config: PretrainedConfig, hidden: int) -> dict[str, Any]:
     layers = max(layer if layer >= 0 else vision.num_hidden_layers + 1 + layer for layer in taken)
     width = vision.hidden_size
     ffn = getattr(vision, "intermediate_size", None) or int(width * vision.mlp_ratio)
-    side = vision.image_size // vision.patch_size
+    side, patch = vision.image_size // vision.patch_size, vision.num_channels * vision.patch_size**2
     return {
         "vision": Block(layers=layers, hidden=width, query=width, key=width, ffn=ffn, gated=False),
         # tiles of a frame or of a large image are pooled to fewer tokens in OneVision
         "patches_per_token": 4 if hf_config.model_type == "llava_onevision" else 1,
-        "other_vision": width * (3 * vision.patch_size**2 + side**2),
+        "patch": patch,
+        "other_vision": width * (patch + side**2),
         "projector": hidden * (width * len(taken) + hidden),
     }
 
@@ -323,7 +326,8 @@ def _passing(config: RunConfig, model: Sizes, stage: int) -> dict[str, int]:
             # the projector's input, with its norm's, and what stands between its layers
             result["activations, vision"] += _flights(config) * width * 4 * patches * vision.hidden
         moments.append(picture.kept("none", []) if frozen else picture.passing(how, modules))
-        result["pixels"] = 4 * patches * 1176
+        # in the tower's dtype, for its gradient; the bytes they are made of are gone before the first layer
+        result["pixels"] = (1 if frozen else _flights(config)) * width * patches * model.patch
     result["largest moment"] = max(head, width * max(moments))
     return result
 

@@ -228,7 +228,7 @@ def _vision(run: Run) -> tuple[object | None, int, int]:
     else:
         token, image, grid, channels = 151655, run.image, [1, 56, run.image * 4 // 56], 1176
     vision = VisionInputs(
-        pixel_values=torch.zeros(grid[1] * grid[2], channels).to("cuda"),
+        pixel_values=torch.zeros(grid[1] * grid[2], channels, dtype=torch.bfloat16).to("cuda"),
         grids=torch.tensor([grid]),
         sizes=torch.tensor([[14 * grid[1], 14 * grid[2]]]),
         index=torch.zeros(run.samples, dtype=torch.int64),
