@@ -20,7 +20,7 @@ from megarl.types import Media
 from megarl.utils.transfer import send
 
 _MAX_THREADS = 16  # of a rank: they are ahead of the device long before that
-_AHEAD = 2  # microbatches that are decoded before the one that is needed is done with
+_AHEAD = 2  # microbatches that threads may decode beyond the one that a pass asks for
 KEPT_BYTES = 2 << 30  # of decoded patches that a rank keeps for the next passes of a step
 
 Key = tuple[bytes, bytes, bool]  # of a medium, see Media.keys
