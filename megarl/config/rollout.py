@@ -83,12 +83,14 @@ class RolloutConfig:
     max_new_tokens: int = 512
     num_engines: int = 0  # 0: on GPUs as many as trainer.placement leaves room for, on a CPU one
     tensor_parallel_size: int = 1  # of one engine; its GPUs are neighbours on one node
-    # of its memory, what a colocated engine gives to the ranks while they train: weights | kv_cache | cuda_graph
-    release: list[str] = field(default_factory=lambda: list(ENGINE_MEMORY))
+    # of its memory, what a colocated engine gives to the ranks while they train: of weights | kv_cache | cuda_graph;
+    # auto: all
+    release: list[str] = field(default_factory=lambda: ["auto"])
     dtype: str = ""  # of the engine; empty: the model's
     eval_temperature: float = 0.0
-    timeout_s: float = 600.0  # a call to an engine that takes longer counts as the engine's death
-    max_restarts: int = 3  # of engines, over the run
+    timeout_s: float = 600.0  # an engine that does nothing for so long is replaced; a long answer may take longer
+    max_restarts: int = 3  # of engines, within restart_window_s; the next death ends the run
+    restart_window_s: float = 3600.0  # restarts longer ago no longer count
     # with trainer.max_staleness: responses under way when weights change are computed anew from their tokens and go on
     # with the new weights; False: they are finished first, which is faster where they are short
     partial: bool = True
@@ -96,10 +98,12 @@ class RolloutConfig:
 
     def __post_init__(self) -> None:
         check_positive("rollout", self, "group_size", "max_new_tokens", "tensor_parallel_size")
-        check_positive("rollout", self, "timeout_s", "temperature")
+        check_positive("rollout", self, "timeout_s", "restart_window_s", "temperature")
         check_not_negative("rollout", self, "eval_temperature", "max_restarts", "num_engines")
         for kind in self.release:
-            check_choice("rollout.release", kind, ENGINE_MEMORY)
+            check_choice("rollout.release", kind, ["auto", *ENGINE_MEMORY])
+        if "auto" in self.release and len(self.release) > 1:
+            raise ValueError(f"rollout.release={list(self.release)}: auto stands alone")
         if self.top_k == 0 or self.top_k < -1:
             raise ValueError(f"rollout.top_k={self.top_k} must be positive, or -1 for all tokens")
         if not 0 < self.top_p <= 1:

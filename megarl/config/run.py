@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 
 from megarl.config.algorithm import AlgorithmConfig, CriticConfig
 from megarl.config.model import CP_COMM_TYPES, ModelConfig, OptimizerConfig, ParallelConfig
-from megarl.config.rollout import DataConfig, RewardConfig, RolloutConfig, TaskConfig, WeightSyncConfig
+from megarl.config.rollout import ENGINE_MEMORY, DataConfig, RewardConfig, RolloutConfig, TaskConfig, WeightSyncConfig
 from megarl.utils.checks import check_choice, check_not_negative, check_positive
 
 TRAINER_MEMORY = ("optimizer", "gradients", "parameters", "reference")
@@ -151,6 +151,11 @@ class RunConfig:
                     f"parallel.cp_comm_type={self.parallel.cp_comm_type}: model.attention_backend={backend} works with "
                     f"{' or '.join(exchanges)}"
                 )
+        if self.trainer.placement == "split" and self.rollout.release not in ([], ["auto"]):
+            raise ValueError(
+                f"rollout.release={list(self.rollout.release)}: engines lend memory with trainer.placement=colocated; "
+                "with trainer.placement=split they keep all of it"
+            )
         try:
             self.parallel.check_world(self.world_size)
         except ValueError as error:
@@ -164,6 +169,13 @@ class RunConfig:
         """
         possible = not self.debug.deterministic and self.weight_sync.lora == "merged"
         return self.trainer.max_staleness > 0 and self.rollout.partial and possible
+
+    @property
+    def released(self) -> list[str]:
+        """The kinds of memory that engines lend to the ranks."""
+        if self.trainer.placement != "colocated":
+            return []
+        return list(ENGINE_MEMORY if self.rollout.release == ["auto"] else self.rollout.release)
 
     @property
     def has_critic(self) -> bool:

@@ -250,10 +250,11 @@ def _resolved(config: RunConfig, decided: Plan) -> RunConfig:
             "weight_sync.transport=broadcast: NCCL has no group with a rank and an engine on the same GPU; with "
             "trainer.placement=colocated use tensor or disk (auto chooses)"
         )
-    kept = {"weights", "kv_cache"} - set(config.rollout.release)
-    if colocated and decided.on_gpus and kept:
+    release = config.rollout.release
+    kept = {"weights", "kv_cache"} - set(release)
+    if colocated and decided.on_gpus and kept and release != ["auto"]:
         raise ValueError(
-            f"rollout.release={list(config.rollout.release)}: colocated engines must lend {' and '.join(sorted(kept))} "
+            f"rollout.release={list(release)}: colocated engines must lend {' and '.join(sorted(kept))} "
             "too, or the ranks have no room to train (trainer.placement=split keeps them apart)"
         )
     if transport == "auto":

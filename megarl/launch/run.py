@@ -38,6 +38,11 @@ def sft(config: RunConfig) -> int:
     """``megarl sft``: supervised fine-tuning; the exit status."""
     if config.algorithm.policy_loss != "sft":
         raise ValueError(f"algorithm.policy_loss={config.algorithm.policy_loss!r}: supervised training needs 'sft'")
+    if config.trainer.offloaded:
+        raise ValueError(
+            f"trainer.offload={config.trainer.offload} makes room for engines, of which supervised training has none; "
+            "optimizer.megatron.optimizer_cpu_offload=True keeps an optimizer in host memory"
+        )
     return _fit(SFTTrainer, config)
 
 

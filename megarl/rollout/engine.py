@@ -25,6 +25,7 @@ import torch
 from megarl.config import RunConfig
 from megarl.data.processors import load_processor
 from megarl.types import FinishReason, Media
+from megarl.utils.errors import EngineRefused
 from megarl.weight_sync.shared import share_bucket
 
 _EXTERNAL_PROCESSORS = (  # architectures whose prompts rollout.external_processors takes
@@ -41,6 +42,14 @@ _IDLE_TIMEOUT_S = 60.0  # from the last response until the scheduler has put eve
 
 class EngineDied(RuntimeError):
     """A process of the engine is gone; nothing will come from it any more."""
+
+
+@dataclass
+class Progress:
+    """What tells an engine that is busy from one that hangs."""
+
+    steps: int  # forward passes of the scheduler, and prompts whose images were decoded; another number: it works
+    paused: bool  # it stands still by order
 
 
 @dataclass
@@ -88,7 +97,7 @@ def engine_environment(config: RunConfig, device: str) -> dict[str, str]:
         "TQDM_DISABLE": "1",
         "SGLANG_MM_PRECOMPUTE_HASH": "1",  # of pixels, once a prompt: schedulers would do it for each sample
     }
-    if config.trainer.placement == "colocated" and "cuda_graph" in config.rollout.release:
+    if "cuda_graph" in config.released:
         environment["SGLANG_MEMORY_SAVER_CUDA_GRAPH"] = "1"  # its memory saver leaves them alone else
     if device == "cpu":
         # Threads of several processes spin against each other on few cores; CPU has no compiled kernels to gain from.
@@ -179,17 +188,21 @@ class EngineActor:
         self._manager._subprocess_watchdog.stop()
         self._children = [psutil.Process(pid) for pid in self._engine.get_all_child_pids()]
         self._death: asyncio.Future[str] | None = None
+        self._refused = ""  # see ``ping``
+        self._num_decoded, self._paused = 0, False
         self._adapter: str | None = None  # the one that all requests use
         self._payloads: dict[int, bytes] = {}  # of the bucket that arrives, by tensor-parallel rank
 
     async def ping(self) -> dict[str, Any]:
         """Return once the engine's scheduler answers.
 
-        {"pid": of the actor, "processes": pids of SGLang's children, "host": its name, "memory_gb": by kind of memory}
+        {"pid": of the actor, "processes": pids of SGLang's children, "host": its name, "memory_gb": by kind of memory,
+        "refused": weights that it did not take since the last call, and why}
         """
-        state = await self._watched(self._manager.get_internal_state())
-        memory = state[0]["memory_usage"]
+        memory = (await self._state())["memory_usage"]
+        refused, self._refused = self._refused, ""
         return {
+            "refused": refused,
             "pid": os.getpid(),
             "processes": self._engine.get_all_child_pids(),
             "host": os.uname().nodename,
@@ -199,6 +212,13 @@ class EngineActor:
                 "cuda_graph": sum(memory["graph"].values()),
             },
         }
+
+    async def progress(self) -> Progress:
+        """How far the engine is; it answers between two forward passes."""
+        return Progress((await self._state())["forward_passes"] + self._num_decoded, self._paused)
+
+    async def _state(self) -> dict[str, Any]:
+        return (await self._watched(self._manager.get_internal_state()))[0]
 
     async def generate(self, request: Request) -> list[Response]:
         """Sample ``request.num_samples`` continuations, in the order of their seeds where there are any."""
@@ -242,11 +262,13 @@ class EngineActor:
     async def pause(self) -> None:
         """Stop generating until ``resume``: requests keep their tokens and lose what was computed for them."""
         message = self._sglang.PauseGenerationReqInput(mode="retract")
+        self._paused = True
         await self._watched(self._manager.pause_generation(message))
 
     async def resume(self) -> None:
         """Generate on, by the weights of now."""
         await self._watched(self._manager.continue_generation(self._sglang.ContinueGenerationReqInput()))
+        self._paused = False
 
     async def update_weights_from_shared(self, payloads: dict[int, bytes], weight_version: int) -> None:
         """Load a bucket of ``weight_sync.shared.share_bucket``: a payload for each tensor-parallel rank.
@@ -281,7 +303,7 @@ class EngineActor:
             flush_cache=False,
             weight_version=str(weight_version),
         )
-        self._check(
+        self._check_taken(
             "update_weights_from_shared", await self._watched(self._manager.update_weights_from_tensor(message))
         )
 
@@ -351,14 +373,16 @@ class EngineActor:
             flush_cache=False,
             weight_version=str(weight_version),
         )
-        self._check("receive_broadcast", await self._watched(self._manager.update_weights_from_distributed(message)))
+        answer = await self._watched(self._manager.update_weights_from_distributed(message))
+        self._check_taken("receive_broadcast", answer)
 
     async def update_weights_from_disk(self, path: str, weight_version: int) -> None:
         """Load every weight of a Hugging Face directory."""
         message = self._sglang.UpdateWeightFromDiskReqInput(
             model_path=path, load_format="auto", weight_version=str(weight_version)
         )
-        self._check("update_weights_from_disk", await self._watched(self._manager.update_weights_from_disk(message)))
+        answer = await self._watched(self._manager.update_weights_from_disk(message))
+        self._check_taken("update_weights_from_disk", answer)
 
     async def load_adapter(
         self, tensors: list[tuple[str, torch.Tensor]], description: dict[str, Any], weight_version: int
@@ -409,7 +433,9 @@ class EngineActor:
                 "video_data": self._processor.engine_videos(media, self._pixels_dtype),
             }
 
-        return await asyncio.get_running_loop().run_in_executor(self._decoders, shown)
+        made = await asyncio.get_running_loop().run_in_executor(self._decoders, shown)
+        self._num_decoded += 1
+        return made
 
     async def _submit(
         self,
@@ -458,8 +484,16 @@ class EngineActor:
         if not success:
             raise RuntimeError(f"{self._name}: {call} failed: {message}")
 
+    def _check_taken(self, call: str, answer: tuple[Any, ...]) -> None:
+        """The same of weights; after a failure the engine holds some of one version and some of another."""
+        try:
+            self._check(call, answer)
+        except RuntimeError as error:
+            self._refused = str(error)
+            raise EngineRefused(self._refused) from error
+
     def _check_lora(self, call: str, answer: Any) -> None:
-        self._check(f"{call} of the adapters", (answer.success, answer.error_message))
+        self._check_taken(f"{call} of the adapters", (answer.success, answer.error_message))
 
     async def _watched(self, call: Any) -> Any:
         """Await ``call``, or raise ``EngineDied`` as soon as a process of the engine is gone."""

@@ -11,20 +11,22 @@ import itertools
 import logging
 import threading
 import time
+from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import ray
-from ray.exceptions import GetTimeoutError, RayActorError, RayTaskError
+from ray.exceptions import GetTimeoutError, RayActorError, RayError, RayTaskError
 
 from megarl.config import RunConfig
 from megarl.data.demonstrations import answer_sample
 from megarl.data.processors import load_processor
-from megarl.rollout.engine import Batch, EngineActor, EngineDied, Request, Response, engine_environment
+from megarl.rollout.engine import Batch, EngineActor, Request, Response, engine_environment
+from megarl.rollout.liveness import Heartbeat, await_answer, death_cause, is_refusal
 from megarl.types import Demonstration, EncodedPrompt, Media, Placement, Sample
-from megarl.utils.errors import RunFailure, death_of
+from megarl.utils.errors import RunFailure
 
 logger = logging.getLogger(__name__)
 
@@ -32,7 +34,7 @@ _START_TIMEOUT_S = 1800  # loading a large model takes minutes
 _SAY_S = 120  # between lines about an engine that is still starting
 _MAX_CALLS = 1 << 20  # of one engine at a time; SGLang queues them itself
 _LOOK_S = 0.1  # between looks of a thread that waits for another to replace an engine
-_POLL_S = 1.0  # longest wait before the engines' deadlines are looked at
+_POLL_S = 0.5  # longest wait for a response before the engines' heartbeats are looked at
 _NOTHING = np.zeros(0, np.int32)  # tokens
 
 
@@ -111,7 +113,8 @@ class RolloutManager:
         self.take_turn: Callable[[], None] = _nothing
         self._lent: list[set[str]] = [set() for _ in self._actor_options]  # kinds of memory, by engine
         self._processor = load_processor(hf_dir, config)
-        self.num_restarts = 0
+        self.num_restarts = 0  # of the run
+        self._restarted: deque[float] = deque()  # when, within rollout.restart_window_s
         self._owner, self._lock, self._closed = threading.get_ident(), threading.Lock(), False
         self._lost: dict[int, str] = {}  # engines that other threads found dead -> why
         self._batch_names = itertools.count(1)  # an engine must never see one name twice
@@ -158,7 +161,8 @@ class RolloutManager:
     def score(self, tokens: np.ndarray, media: Media, engine: int = 0) -> np.ndarray:
         """Log-probs [L - 1] of ``tokens[1:]`` by one engine: see ``EngineActor.score``."""
         self.take_turn()
-        return ray.get(self.engines[engine].score.remote(tokens, media), timeout=self._config.rollout.timeout_s)
+        handle = self.engines[engine]
+        return await_answer(handle.score.remote(tokens, media), handle, self._config.rollout.timeout_s)
 
     def release(self, kinds: Sequence[str]) -> bool:
         """Have all engines lend ``kinds`` of ``rollout.release``; whether any had to. No response may be under way."""
@@ -183,15 +187,24 @@ class RolloutManager:
             self._lent[index] ^= set(wanted[index])
         return bool(calls)
 
-    def ensure_alive(self) -> None:
-        """Restart and sync every engine that does not answer; call it before talking to the engines directly."""
+    def ensure_alive(self, *, refusing: bool = False) -> None:
+        """Restart and sync every engine that does not answer; call it before talking to the engines directly.
+
+        ``refusing``: where all answer, those that refused weights since the last call. Where one died, the others
+        refused because it left them alone.
+        """
         self.replace_lost()
         pings = [engine.ping.remote() for engine in self.engines]
+        dead, refused = {}, {}
         for index, ping in enumerate(pings):
             try:
-                ray.get(ping, timeout=self._config.rollout.timeout_s)
+                refused[index] = ray.get(ping, timeout=self._config.rollout.timeout_s)["refused"]
             except (RayActorError, RayTaskError, GetTimeoutError) as error:
-                self.restart(index, death_cause(error))
+                dead[index] = death_cause(error)
+        if refusing and not dead:
+            dead = {index: cause for index, cause in refused.items() if cause}
+        for index, cause in dead.items():
+            self.restart(index, cause)
 
     def replace(self, index: int, engine: Any, cause: str) -> None:
         """Restart engine ``index`` unless it is another than the dead ``engine`` by now; return when it can serve.
@@ -216,23 +229,51 @@ class RolloutManager:
             self.restart(index, cause)
 
     def restart(self, index: int, cause: str) -> None:
-        """Replace engine ``index`` and sync the new one; raises ``EngineError`` when ``max_restarts`` are spent."""
+        """Replace engine ``index`` and sync the new one; a replacement that dies on the way is replaced in turn.
+
+        Raises ``EngineError`` when ``rollout.max_restarts`` are spent.
+        """
         with self._lock:
-            self._restart(index, cause)
+            while cause:
+                ray.kill(self.engines[index])
+                self._count_restart(index, cause)
+                cause = self._start_another(index)
             self._lost.pop(index, None)
 
-    def _restart(self, index: int, cause: str) -> None:
-        max_restarts = self._config.rollout.max_restarts
-        ray.kill(self.engines[index])
-        if self.num_restarts >= max_restarts:
-            raise EngineError(f"engine {index} is lost: {cause}; rollout.max_restarts={max_restarts} are spent")
+    def _count_restart(self, index: int, cause: str) -> None:
+        limit, window_s = self._config.rollout.max_restarts, self._config.rollout.restart_window_s
+        now = time.monotonic()
+        while self._restarted and now - self._restarted[0] > window_s:
+            self._restarted.popleft()
+        if len(self._restarted) >= limit:
+            raise EngineError(
+                f"engine {index} is lost: {cause}; rollout.max_restarts={limit} "
+                f"in rollout.restart_window_s={window_s:g} are spent"
+            )
+        self._restarted.append(now)
         self.num_restarts += 1
-        logger.warning("engine %d is lost: %s; restart %d of %d", index, cause, self.num_restarts, max_restarts)
+        logger.warning("engine %d is lost: %s; restart %d of %d", index, cause, len(self._restarted), limit)
+
+    def _start_another(self, index: int) -> str:
+        """Put a new engine in the place of ``index``; why it is dead already, or nothing."""
         self._make_room()
         self._lent[index] = set()
         self.engines[index] = self._launch(index)
-        self._await_start(index)
-        self._sync(index)
+        try:
+            self._await_start(index)
+        except EngineError as error:
+            return str(error)
+        try:
+            self._sync(index)
+        except (RunFailure, RayError) as failure:
+            try:
+                ping = ray.get(self.engines[index].ping.remote(), timeout=self._config.rollout.timeout_s)
+            except (RayActorError, RayTaskError, GetTimeoutError) as error:
+                return death_cause(error)
+            if not (is_refusal(failure) and ping["refused"]):  # it was something else
+                raise
+            return ping["refused"]
+        return ""
 
     def shutdown(self) -> None:
         """Stop all engines and their processes; rollouts in other threads end with an ``EngineError``."""
@@ -289,7 +330,7 @@ class _Rollout:
         self._timeout_s = manager._config.rollout.timeout_s
         num_engines = len(manager.engines)
         self._shares = [list(range(engine, len(prompts), num_engines)) for engine in range(num_engines)]
-        self._heard = [time.monotonic()] * num_engines  # when each engine last answered
+        self._heartbeats = [Heartbeat(engine, self._timeout_s) for engine in manager.engines]
         self._handles = list(manager.engines)  # whom the calls were sent to
         self.calls: dict[ray.ObjectRef, tuple[int, int, int]] = {}  # -> (engine, prompt, draw)
         self.drawn: dict[tuple[int, int], list[Sample]] = {}  # by (prompt, draw)
@@ -315,7 +356,7 @@ class _Rollout:
                 request.batch = Batch(batch, position, total)
                 position += request.num_samples
             self.calls[handle.generate.remote(request)] = (engine, index, place)
-        self._heard[engine] = time.monotonic()
+        self._heartbeats[engine] = Heartbeat(handle, self._timeout_s)
 
     def _request(self, index: int, place: int) -> Request:
         encoded, draws = self._prompts[index], self._draws[index]
@@ -345,10 +386,12 @@ class _Rollout:
             del self._dead[engine]
             self._manager.replace(engine, self._handles[engine], cause)
             self.submit(engine)
-            self._heard = [time.monotonic()] * len(self._heard)  # who waits here hears nobody
+            for heartbeat in self._heartbeats:  # who waited here heard nobody
+                heartbeat.beat()
         if not self.calls:
             return []
-        ready, _ = ray.wait(list(self.calls), num_returns=1, timeout=_POLL_S)
+        patience = min(_POLL_S, self._heartbeats[0].poll_s)
+        ready, _ = ray.wait(list(self.calls), num_returns=1, timeout=patience)
         if ready:
             ready, _ = ray.wait(list(self.calls), num_returns=len(self.calls), timeout=0)
         finished = []
@@ -359,15 +402,15 @@ class _Rollout:
             except (RayActorError, RayTaskError) as error:
                 self._dead[engine] = death_cause(error)
                 continue
-            self._heard[engine] = time.monotonic()
+            self._heartbeats[engine].beat()
             self.drawn.setdefault((index, place), self._samples(index, place, responses))
             parts = [self.drawn.get((index, place)) for place in range(len(self._draws[index]))]
             if index not in self.groups and None not in parts:
                 self.groups[index] = [sample for part in parts for sample in part]
                 finished.append(self.groups[index])
         for engine in {engine for engine, _, _ in self.calls.values()} - set(self._dead):
-            if time.monotonic() - self._heard[engine] > self._timeout_s:
-                self._dead[engine] = f"no answer for rollout.timeout_s={self._timeout_s:g} s"
+            if cause := self._heartbeats[engine].cause_of_death():
+                self._dead[engine] = cause
         return finished
 
     @property
@@ -382,14 +425,3 @@ class _Rollout:
         return [
             to_sample(encoded, group, response, text, hint) for response, text in zip(responses, texts, strict=True)
         ]
-
-
-def death_cause(error: Exception) -> str:
-    """Why an engine is dead, in one line; an ``error`` that does not mean an engine's death is raised again."""
-    if isinstance(error, RayActorError):
-        return death_of(error)
-    if isinstance(error, GetTimeoutError):
-        return "no answer in time"
-    if isinstance(error, RayTaskError) and isinstance(error.cause, EngineDied):
-        return str(error.cause)
-    raise error

@@ -100,6 +100,12 @@ class RolloutScheduler(scheduler.Scheduler):
             time.sleep(_PAUSED_S)
         return received
 
+    def get_internal_state(self, recv_req: Any) -> Any:
+        """SGLang's own and the number of forward passes, which says whether a busy engine gets on."""
+        answer = super().get_internal_state(recv_req)
+        answer.internal_state["forward_passes"] = self.forward_ct
+        return answer
+
     def flush_cache(self, empty_cache: bool = True) -> bool:
         """SGLang's own refuses while any request is there; those of a paused engine wait and hold nothing.
 

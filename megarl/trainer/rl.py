@@ -19,6 +19,7 @@ from megarl.data.processors import load_processor
 from megarl.data.sharing import balance_metrics
 from megarl.eval.loop import Evaluation
 from megarl.rewards.runner import RewardRunner
+from megarl.rollout.liveness import is_refusal
 from megarl.rollout.manager import RolloutManager
 from megarl.tasks.task import build_tasks, reward_functions
 from megarl.trainer.callbacks import Callback, Evaluate, MismatchAlarm, Report, Save, SaveRollouts, SyncReference
@@ -127,14 +128,14 @@ class RLTrainer:
         return rollout
 
     def push(self, *, must_change: bool) -> dict[str, float]:
-        """Sync all engines; when one dies meanwhile, replace it and begin again."""
+        """Sync all engines; when one dies or refuses weights meanwhile, replace it and begin again."""
         while True:
             self.rollout.ensure_alive()
             restarts = self.rollout.num_restarts
             try:
                 return self.sync.push(self.rollout.engines, self.step, must_change=must_change)
-            except (RunFailure, RayError):
-                self.rollout.ensure_alive()
+            except (RunFailure, RayError) as error:
+                self.rollout.ensure_alive(refusing=is_refusal(error))
                 if self.rollout.num_restarts == restarts:  # it was something else
                     raise
 

@@ -12,6 +12,7 @@ from ray.actor import ActorHandle
 
 from megarl.config import RunConfig
 from megarl.data.packing import Packing, pack_bins
+from megarl.rollout.liveness import await_answer
 from megarl.trainer.agreement import Difference, Judge
 from megarl.trainer.turns import Turns
 from megarl.types import EncodedPrompt, Sample
@@ -111,7 +112,8 @@ class WeightSync:
             theirs = ask()  # at the same time as the ranks
             ours = self._score_canary()
         metrics: dict[str, float] = {}
-        for index, scored in zip(engines, ray.get(theirs, timeout=self.config.rollout.timeout_s), strict=True):
+        for (index, engine), call in zip(engines.items(), theirs, strict=True):
+            scored = await_answer(call, engine, self.config.rollout.timeout_s)  # behind the responses under way
             difference = Difference.between(ours, np.asarray(scored)[self.scored[1:]])
             if failure := self.judge.failure(difference):
                 first = (

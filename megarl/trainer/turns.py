@@ -24,7 +24,7 @@ class Turns:
         self.workers = workers
         self.rollout: RolloutManager | None = None  # before there are engines
         self.offloaded = config.trainer.offloaded
-        self.released = list(config.rollout.release) if config.trainer.placement == "colocated" else []
+        self.released = config.released
         # weights are sent after every training step and only then: at other times engines keep theirs
         self.beside_weights = [kind for kind in self.released if kind != "weights"]
         self.seconds: dict[str, float] = defaultdict(float)

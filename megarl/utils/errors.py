@@ -5,6 +5,10 @@ class RunFailure(RuntimeError):
     """A part of a run failed in a way that is understood."""
 
 
+class EngineRefused(RunFailure):
+    """An engine that lives did not take the weights that it was sent, and holds half of them."""
+
+
 def death_of(error: Exception) -> str:
     """What Ray says of an actor's death, in one line and without its page of guesses."""
     return " ".join(str(error).split()).partition(" Some common causes")[0]

@@ -121,6 +121,8 @@ def test_a_cpu_cluster_runs_as_the_parallel_sizes_say():
     assert (decided.kind, len(decided.ranks), len(decided.engines), decided.on_gpus) == ("split", 2, 2, False)
     resolved = _resolved(run_of(tensor=2), plan(run_of(tensor=2), nodes(0, gpus=0)))
     assert (resolved.weight_sync.transport, resolved.trainer.offload, resolved.rollout.num_engines) == ("tensor", [], 1)
+    with pytest.raises(ValueError, match=r"rollout\.release=\['kv_cache'\]: .*trainer\.placement=split they keep"):
+        _resolved(run_of(release=["kv_cache"]), plan(run_of(), nodes(0, gpus=0)))
     two = run_of(num_nodes=2, num_engines=2)
     assert _resolved(two, plan(two, nodes(0, 0, gpus=0))).weight_sync.transport == "broadcast"
     with pytest.raises(ValueError, match=r"trainer\.num_nodes=2: the cluster has 1"):

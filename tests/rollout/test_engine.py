@@ -9,6 +9,7 @@ import ray
 
 from megarl.rollout.engine import Request
 from megarl.utils.checksum import tensor_checksum
+from megarl.utils.errors import EngineRefused
 from megarl.weight_sync.broadcast import broadcast_bucket, create_group, destroy_group, layout
 from megarl.weight_sync.shared import share_bucket
 from tests.rollout.reference import TOLERANCE, HuggingFace, prompt, tensors
@@ -204,8 +205,10 @@ def test_responses_go_on_with_new_weights(pool, models, processor):
 
 
 def test_a_failed_update_raises_with_the_reason(pool, tmp_path):
-    with pytest.raises(RuntimeError, match="engine 0: update_weights_from_disk failed"):
+    with pytest.raises(EngineRefused, match="engine 0: update_weights_from_disk failed"):
         ray.get(pool.engine.update_weights_from_disk.remote(str(tmp_path / "absent"), 60))
+    assert "update_weights_from_disk failed" in ray.get(pool.engine.ping.remote())["refused"]
+    assert ray.get(pool.engine.ping.remote())["refused"] == ""  # said once
 
 
 def test_lent_memory_is_gone_and_comes_back_with_the_next_weights(pool, models, processor):

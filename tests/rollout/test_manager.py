@@ -4,6 +4,7 @@ import dataclasses
 import os
 import signal
 import threading
+import time
 
 import numpy as np
 import pytest
@@ -116,6 +117,19 @@ def test_a_deterministic_rollout_does_not_depend_on_the_engine_or_its_past(deter
     assert bits(manager.generate(prompts, **settings, step_seed=10)) != first
 
 
+def test_an_engine_may_work_on_an_answer_for_longer_than_the_timeout(pool, processor):
+    """All samples of a prompt are one answer: nothing comes from the engine before the longest of them is finished."""
+    config, timeout_s, start = pool.manager._config.rollout, 0.5, time.monotonic()
+    before, config.timeout_s = config.timeout_s, timeout_s
+    try:
+        settings = {"group_size": 16, "temperature": 1.0, "step_seed": 1, "max_new_tokens": 2000}
+        assert len(pool.manager.generate([prompt(processor, 1, 5)], **settings)) == 16
+    finally:
+        config.timeout_s = before
+    assert time.monotonic() - start > 2 * timeout_s
+    assert pool.manager.num_restarts == 0
+
+
 def processes(manager):
     return ray.get(manager.engines[0].ping.remote())["processes"]
 
@@ -138,8 +152,9 @@ def test_a_killed_scheduler_costs_no_sample(pool, processor):
     pid = processes(pool.manager)[0]
     os.kill(pid, signal.SIGSTOP)  # hangs: noticed by the clock
     try:
-        pool.manager._config.rollout.timeout_s = 2.0
+        pool.manager._config.rollout.timeout_s, start = 2.0, time.monotonic()
         with pytest.raises(EngineError, match=r"engine 0 .*timeout_s=2 s.*max_restarts=1"):
             pool.manager.generate(prompts, **settings, step_seed=3)
+        assert time.monotonic() - start < 2 * 2.0
     finally:
         os.kill(pid, signal.SIGKILL)

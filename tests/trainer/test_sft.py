@@ -99,6 +99,7 @@ def test_score_equals_hugging_face(folder, stopped):
         ("model.path=/no/such/model", "model.path=/no/such/model: no such directory"),
         ("parallel.tensor_model_parallel_size=3", "cannot be divided"),
         ("algorithm.policy_loss=ppo_clip", "supervised training needs 'sft'"),
+        ("trainer.offload=[optimizer]", "trainer.offload=['optimizer'] makes room for engines"),
         ("trainer.resume=/no/such", "trainer.resume=/no/such: no such checkpoint"),
         ("trainer.run_dir=/dev/null", "trainer.run_dir=/dev/null: "),
         ("optimizer.lr=nan", "optimizer.lr=nan must not be negative"),

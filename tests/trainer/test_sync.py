@@ -11,6 +11,7 @@ from megarl.trainer.rl import RLTrainer
 from megarl.trainer.sync import WeightSync, WeightSyncError
 from megarl.trainer.turns import Turns
 from megarl.types import EncodedPrompt, Media, Prompt
+from megarl.utils.errors import EngineRefused
 from megarl.workers.group import WorkerError
 
 TOKENS = np.array([1, 7, 9, 2], np.int32)  # 9: a placeholder
@@ -144,12 +145,14 @@ def test_an_engine_restarted_after_the_step_does_not_hide_the_change(sync):
 
 
 class Rollout:
-    """An engine that is found dead once, when ``dies``."""
+    """An engine that is found dead once, when ``dies``, or ``refuses`` weights once."""
 
-    def __init__(self, dies):
-        self.engines, self.num_restarts, self.dies = ["engine"], 0, dies
+    def __init__(self, dies=False, refuses=False):
+        self.engines, self.num_restarts, self.dies, self.refuses = ["engine"], 0, dies, refuses
 
-    def ensure_alive(self):
+    def ensure_alive(self, *, refusing=False):
+        if refusing and self.refuses:
+            self.num_restarts, self.refuses = self.num_restarts + 1, False
         if self.broken and self.dies:
             self.num_restarts, self.dies = self.num_restarts + 1, False
 
@@ -166,7 +169,8 @@ class Failing:
         self.calls += 1
         self.rollout.broken = True
         if self.calls == 1:
-            raise WorkerError("trainer rank 0 raised: EngineDied")
+            cause = EngineRefused("no room") if self.rollout.refuses else RuntimeError("EngineDied")
+            raise WorkerError("trainer rank 0 raised") from cause
         return {"sync/tensors": 2.0}
 
 
@@ -180,6 +184,12 @@ def test_a_sync_that_loses_its_engine_begins_again_with_another():
     trainer = trainer_of(Rollout(dies=True))
     assert trainer.push(must_change=True) == {"sync/tensors": 2.0}
     assert trainer.sync.calls == 2
+
+
+def test_a_sync_that_an_engine_refuses_begins_again_with_another():
+    trainer = trainer_of(Rollout(refuses=True))
+    assert trainer.push(must_change=True) == {"sync/tensors": 2.0}
+    assert (trainer.sync.calls, trainer.rollout.num_restarts) == (2, 1)
 
 
 def test_a_sync_that_fails_with_all_engines_alive_is_an_error():
