@@ -1,13 +1,18 @@
 """Packed attention equals attention on each sequence alone, for any mixture of lengths."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from torch._dynamo.testing import CompileCounter
 from torch.nn.attention.flex_attention import create_mask
 
 from megarl.parallel import flex
-from megarl.parallel.attention import packed_sequences, sdpa_packed
+from megarl.parallel.attention import TorchAttention, packed_sequences, sdpa_packed
 from megarl.parallel.flex import flex_packed
+
+from megatron.core.transformer.enums import AttnMaskType  # isort: skip
+from megatron.core.transformer.transformer_config import TransformerConfig  # isort: skip
 
 LENGTHS = [
     [1],
@@ -51,6 +56,22 @@ def test_equals_naive(lengths, causal, heads, groups):
         results.append([output.detach(), *(leaf.grad for leaf in leaves)])
     for expected, ours in zip(*results, strict=True):
         torch.testing.assert_close(ours, expected)
+
+
+@pytest.mark.parametrize("scale", [None, 0.3])
+def test_a_layer_attends_with_the_scale_that_its_configuration_says(scale):
+    """None: by the size of a head."""
+    torch.manual_seed(0)
+    config = TransformerConfig(
+        num_layers=1, hidden_size=32, num_attention_heads=4, kv_channels=8, attention_dropout=0.0
+    )
+    groups = SimpleNamespace(cp=None)
+    layer = TorchAttention(config, 1, AttnMaskType.causal, "self", softmax_scale=scale, pg_collection=groups)
+    cu_seqlens = torch.tensor([0, 5, 12], dtype=torch.int32)
+    q, k, v = (torch.randn(12, 4, 8, dtype=torch.float64) for _ in range(3))
+    output = layer(q, k, v, None, packed_seq_params=packed_sequences(cu_seqlens))
+    expected = naive(q, k, v, cu_seqlens, scale=scale or 8**-0.5, causal=True)
+    torch.testing.assert_close(output, expected.flatten(1))
 
 
 @pytest.mark.parametrize("order", [[0, 1, 2, 3, 4, 5], [0, 3, 1, 2, 5, 4]])
