@@ -1,4 +1,4 @@
-"""One optimizer step of the real worker under every layout: the same numbers and the same weights."""
+"""One step of the real worker under every layout: the same numbers, and every weight moves alike."""
 
 import dataclasses
 
@@ -42,7 +42,7 @@ def config_of(path, parallel, world_size, share_prompts, algorithm=()):
     return RunConfig(
         model=ModelConfig(path=str(path)),
         parallel=parallel,
-        optimizer=OptimizerConfig(lr=1e-3),
+        optimizer=OptimizerConfig(lr=1e-3, eps=1e-4),  # gradients below eps are not turned into their signs
         data=DataConfig(prompts_per_step=3),
         tasks={"digits": TaskConfig(path="megarl.tasks.digits:Digits", kwargs={"order": "random"})},
         algorithm=AlgorithmConfig(**{"kl_coef": 0.1, "entropy_coef": 0.01, "num_minibatches": 2} | dict(algorithm)),
@@ -117,26 +117,35 @@ def minibatches_of(config, worker):
     return minibatches
 
 
-def train_once(config):
-    """On a rank: load, score, train, export; the totals of ranks that speak and the weights of rank 0."""
+def exported(worker):
+    """On a rank: the weights, on rank 0."""
     from megarl.checkpoint.export import export_to_rank_zero
 
+    return {name: tensor.clone().numpy() for name, tensor in export_to_rank_zero(worker.model, worker.mappings)}
+
+
+def moves_since(before, worker):
+    """On a rank: how far each weight went, on rank 0."""
+    return {name: after - before[name] for name, after in exported(worker).items()}
+
+
+def train_once(config):
+    """On a rank: load, score, train, export; the totals of ranks that speak and the moves of rank 0's weights."""
     worker = worker_of(config)
+    before = exported(worker)
     worker.load(minibatches_of(config, worker), STEP)
     worker.score()
     totals = worker.train()
-    weights = {name: tensor.clone().numpy() for name, tensor in export_to_rank_zero(worker.model, worker.mappings)}
-    return totals and dataclasses.replace(totals, seconds={}), weights
+    return totals and dataclasses.replace(totals, seconds={}), moves_since(before, worker)
 
 
 def train_lagging(path, correction, by_advantage):
-    """On a rank: a step on what older weights sampled; its totals and weights.
+    """On a rank: a step on what older weights sampled; its gradient norm, its loss and how the weights moved.
 
     The engine's log-probs are the policy's own less log(ratio). ``by_advantage``: they are the policy's own, and the
     ratio, at most 2, is in the advantages.
     """
     from megarl.algorithms.weights import compute_loss_weights
-    from megarl.checkpoint.export import export_to_rank_zero
     from megarl.data.packing import Packing, pack_bins
 
     changes = {"kl_coef": 0.0, "entropy_coef": 0.0, "num_minibatches": 1, "rollout_correction": correction}
@@ -150,11 +159,11 @@ def train_lagging(path, correction, by_advantage):
         if by_advantage:
             sample.advantages[sample.loss_mask] *= ratio.clip(max=2)
         sample.rollout_logprobs[sample.loss_mask] = own if by_advantage else own - np.log(ratio)
+    before = exported(worker)
     worker.load([pack_bins(samples, packing, 1)[0]])
     worker.score()
     totals = worker.train()
-    weights = {name: tensor.clone().numpy() for name, tensor in export_to_rank_zero(worker.model, worker.mappings)}
-    return totals.values["actor/grad_norm"], totals.sums["actor/pg_loss"], weights
+    return totals.values["actor/grad_norm"], totals.sums["actor/pg_loss"], moves_since(before, worker)
 
 
 def train_nothing(path):
@@ -264,12 +273,11 @@ def test_supervised_training_knows_no_engine(model, pool, one_rank):
 
 
 def test_what_older_weights_sampled_is_weighed_by_the_ratio_to_them(model, pool):
-    ((grad_norm, loss, weights),) = pool.run(train_lagging, 1, model, "truncate", False)
+    ((grad_norm, loss, moves),) = pool.run(train_lagging, 1, model, "truncate", False)
     ((expected_norm, expected_loss, expected),) = pool.run(train_lagging, 1, model, "none", True)
     assert grad_norm == pytest.approx(expected_norm, rel=1e-4)
     assert loss == pytest.approx(expected_loss, rel=1e-4)
-    for name, tensor in expected.items():
-        assert np.quantile(np.abs(weights[name] - tensor), 0.99) <= 2e-5, name
+    assert_same_moves(moves, expected)
     ((uncorrected, _, _),) = pool.run(train_lagging, 1, model, "none", False)
     assert abs(uncorrected / grad_norm - 1) > 0.05
 
@@ -302,10 +310,10 @@ ALGORITHMS = {
 @pytest.mark.parametrize("what", ALGORITHMS)
 def test_an_algorithm_does_not_depend_on_the_layout(model, pool, what):
     """Statistics of sequences that ranks share, choices among the actions of all ranks and microbatches."""
-    metrics, weights = run(model, pool, "one rank", **ALGORITHMS[what])
+    metrics, moves = run(model, pool, "one rank", **ALGORITHMS[what])
     for name in ("actor/cov_selected_frac", "rollout_corr/rollout_is_ratio_fraction_high"):
         assert 0 < metrics.get(name, 0.5) < 1
-    assert_same_step(run(model, pool, "dp2 cp2", **ALGORITHMS[what]), (metrics, weights))
+    assert_same_step(run(model, pool, "dp2 cp2", **ALGORITHMS[what]), (metrics, moves))
 
 
 def gradient_norms(path):
@@ -386,16 +394,19 @@ def test_a_step_with_experts_equals_transformers_and_the_papers(pool, tmp_path):
 
 
 def assert_same_step(result, one_rank, tolerance=1e-4):
-    (metrics, weights), (expected_metrics, expected) = result, one_rank
+    (metrics, moves), (expected_metrics, expected) = result, one_rank
     assert metrics.keys() == expected_metrics.keys()
     for name, value in expected_metrics.items():
         assert metrics[name] == pytest.approx(value, rel=tolerance, abs=1e-6), name
-    assert weights.keys() == expected.keys()
-    for name, tensor in expected.items():
-        # Adam divides by the gradient's size: where it is near zero, rounding alone turns the step around
-        difference = np.abs(weights[name] - tensor)
-        assert np.quantile(difference, 0.99) <= 2e-5, name
-        assert difference.max() <= 4e-3, name
+    assert_same_moves(moves, expected)
+
+
+def assert_same_moves(moves, expected, tolerance=1e-3):
+    """Of each parameter by the norm; most moves are a few ten thousandths, and float32 rounds the weights to 1e-8."""
+    assert moves.keys() == expected.keys()
+    for name, move in expected.items():
+        difference, norm = np.linalg.norm(moves[name] - move), np.linalg.norm(move)
+        assert difference <= tolerance * norm, f"{name}: {difference:.1e} of {norm:.1e}"
 
 
 def test_reference_is_the_start_and_kl_is_zero_before_the_first_update(model, pool, one_rank):
