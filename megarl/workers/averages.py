@@ -23,7 +23,7 @@ class Average(nn.Module):
 
     def averages(self) -> dict[str, Tensor]:
         """By the names of the parameters."""
-        return dict(zip(self.parameters_by_name, self._buffers.values(), strict=True))
+        return dict(zip(self.parameters_by_name, self.buffers(recurse=False), strict=True))
 
     def sharded_state(self, *, is_loading: bool) -> dict[str, Any]:
         """The averages in the places that a checkpoint has for the parameters."""
