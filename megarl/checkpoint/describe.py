@@ -20,6 +20,7 @@ from megarl.checkpoint.manifest import MANIFEST_FILE, read_manifest
 from megarl.checkpoint.parity import PARITY_FILE
 from megarl.checkpoint.parts import OPTIMIZER_PREFIX, is_weight
 from megarl.config import ParallelConfig
+from megarl.models.common.language import longest_sequence
 from megarl.models.family import FAMILIES
 
 _UNITS = ((1e9, "G"), (1e6, "M"), (1e3, "k"), (1.0, ""))
@@ -74,10 +75,19 @@ def _hugging_face(directory: Path) -> tuple[dict[str, str], list[Row]]:
         "": f"Hugging Face directory {directory}",
         "architecture": ", ".join(hf.architectures or ["?"]),
         "output layer": "tied to the embedding" if hf.tie_word_embeddings else "of its own",
+        "sequences": _sequences(hf),
         "files": str(len({path for path, _ in reader.files.values()})),
         "conversion": _conversion(hf, reader),
     }
     return facts, [Row(name, tuple(meta.shape), meta.dtype) for name, meta in metas.items()]
+
+
+def _sequences(hf: PretrainedConfig) -> str:
+    """How long they may be, or why the decoder is none of megarl's."""
+    try:
+        return "at most {} tokens ({})".format(*longest_sequence(hf.get_text_config()))
+    except (AttributeError, TypeError, ValueError) as error:
+        return str(error)
 
 
 def _conversion(hf: PretrainedConfig, reader: HFReader) -> str:

@@ -60,6 +60,7 @@ from megarl.checkpoint.progress import progress
 from megarl.config import RunConfig
 from megarl.experiment import to_yaml
 from megarl.models.common.lora import CHILD, is_adapted
+from megarl.models.mapping import padded_vocab_size
 
 __all__ = [
     "Handle",
@@ -332,6 +333,9 @@ def check_tensors(
 ) -> None:
     """Raise on every rank one ``CheckpointError`` that lists tensors that are missing, unknown or of another shape."""
     stored = read_index(path).state_dict_metadata
+    vocabulary = unwrap_model(model).vocab_size
+    saved_size = read_manifest(Path(path)).parallel["tensor_model_parallel_size"]
+    paddings = {padded_vocab_size(vocabulary, size) for size in (1, saved_size)}  # a converter pads for one rank
     problems, requested = [], set()
     state = _state(model, optimizer, is_loading=True) | states(parts, is_loading=True)
     for item in nested_values(load_preprocess(state)[0]):
@@ -340,8 +344,11 @@ def check_tensors(
         requested.add(item.key)
         if item.key not in stored:
             problems.append(f"missing: {item.key}")
-        elif tuple(stored[item.key].size) != tuple(item.global_shape):
-            ours, theirs = list(item.global_shape), list(stored[item.key].size)
+            continue
+        ours, theirs = list(item.global_shape), list(stored[item.key].size)
+        if item.allow_shape_mismatch and theirs[0] in paddings:
+            theirs[0] = ours[0]
+        if theirs != ours:
             problems.append(f"wrong shape: {item.key} is {theirs} in the checkpoint and {ours} in the model")
     problems, requested = _on_any_rank(problems), set(_on_any_rank(requested))
     weights = {key for key, entry in stored.items() if hasattr(entry, "size") and is_weight(key)}

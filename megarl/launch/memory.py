@@ -416,10 +416,11 @@ def _advice(config: RunConfig, hf_config: PretrainedConfig, gpu_bytes: int) -> s
         helps("model.recompute=full", replace(config, model=replace(config.model, recompute="full")))
     halved = replace(config.trainer, max_tokens_per_microbatch=tokens // 2)
     helps(f"trainer.max_tokens_per_microbatch={tokens // 2}", replace(config, trainer=halved))
-    heads = hf_config.get_text_config().num_key_value_heads
+    text = hf_config.get_text_config()
+    heads, groups = text.num_attention_heads, text.num_key_value_heads
     size = 2 * tensor
-    while size <= min(heads, 8) and not found:
-        if heads % size == 0:
+    while size <= 8 and not found:
+        if heads % size == 0 and (groups % size == 0 or size % groups == 0):
             nodes, each = config.trainer.num_nodes, max(1, size * max(1, world // size) // config.trainer.num_nodes)
             parallel = replace(config.parallel, tensor_model_parallel_size=size, sequence_parallel=True)
             more = replace(config.trainer, num_nodes=nodes, ranks_per_node=each)

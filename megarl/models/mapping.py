@@ -7,13 +7,14 @@ nothing else knows a parameter's name. Everything here is a pure function of ten
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
 HFTensors = dict[str, Tensor]
-VOCAB_MULTIPLE = 128  # rows of an embedding are padded to a multiple
+VOCAB_MULTIPLE = 128  # rows of an embedding are padded to a multiple of this and of the tensor-parallel size
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,12 +62,13 @@ class Vocab(Mapping):
     shard_dim: int | None = 0
 
     def to_megatron(self, tensors: HFTensors) -> Tensor:
-        tensor = tensors[self.hf[0]]
-        padding = padded_vocab_size(self.vocab_size) - self.vocab_size
-        return torch.cat([tensor, tensor.new_zeros(padding, *tensor.shape[1:])]) if padding else tensor
+        return _padded(tensors[self.hf[0]], padded_vocab_size(self.vocab_size))
 
     def to_hf(self, tensor: Tensor) -> HFTensors:
         return {self.hf[0]: tensor[: self.vocab_size]}
+
+    def split(self, tensor: Tensor, size: int) -> list[Tensor]:
+        return super().split(_padded(tensor, padded_vocab_size(self.vocab_size, size)), size)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -163,6 +165,12 @@ class Flattened(Mapping):
         return {self.hf[0]: tensor.unflatten(1, self.kernel)}
 
 
-def padded_vocab_size(vocab_size: int) -> int:
-    """Rows of an embedding that hold ``vocab_size`` tokens; the same for every tensor-parallel size."""
-    return -(-vocab_size // VOCAB_MULTIPLE) * VOCAB_MULTIPLE
+def padded_vocab_size(vocab_size: int, tensor_parallel_size: int = 1) -> int:
+    """Rows of an embedding that hold ``vocab_size`` tokens and are cut in equal parts."""
+    multiple = math.lcm(VOCAB_MULTIPLE, tensor_parallel_size)
+    return -(-vocab_size // multiple) * multiple
+
+
+def _padded(tensor: Tensor, rows: int) -> Tensor:
+    missing = rows - len(tensor)
+    return torch.cat([tensor, tensor.new_zeros(missing, *tensor.shape[1:])]) if missing else tensor

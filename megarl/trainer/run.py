@@ -36,6 +36,7 @@ from megarl.data.packing import most_tokens
 from megarl.data.processors import Processor
 from megarl.data.source import Limit, PromptSource
 from megarl.experiment import to_yaml
+from megarl.models.common.language import longest_sequence
 from megarl.models.common.lora import check_targets, projections
 from megarl.models.family import family_of
 from megarl.observability.console import Console
@@ -77,10 +78,15 @@ def check(config: RunConfig) -> None:
         key, response = "data.max_target_length", config.data.max_target_length
     if config.algorithm.policy_loss == "sft":
         return
-    prompt, limit = config.data.max_prompt_length, hf_config.get_text_config().max_position_embeddings
+    prompt, (limit, name) = config.data.max_prompt_length, longest_sequence(hf_config.get_text_config())
     if prompt + response > limit:
         raise ValueError(
-            f"data.max_prompt_length={prompt} and {key}={response} are more than the model's {limit} positions"
+            f"data.max_prompt_length={prompt} and {key}={response} are more than the model's {name}={limit}"
+        )
+    if hf_config.get_text_config().rope_parameters["rope_type"] == "dynamic":
+        raise ValueError(
+            "rope_scaling.rope_type='dynamic': the rollout engine stretches the positions of short sequences too, and "
+            "transformers and the trainer do not; only algorithm.policy_loss=sft trains this model"
         )
     if prompt + response - 1 > most_tokens(config):  # the last token is not read
         raise ValueError(

@@ -14,6 +14,7 @@ from megarl.data.packing import Packing, most_tokens, pack_bins
 from megarl.data.processors import Processor, load_processor
 from megarl.data.sharing import balance_metrics
 from megarl.data.source import Limit
+from megarl.models.common.language import longest_sequence
 from megarl.tasks.task import Task, build_tasks
 from megarl.trainer.callbacks import Callback, Evaluate, Report, Save
 from megarl.trainer.run import Run, prompt_source
@@ -25,9 +26,10 @@ logger = logging.getLogger(__name__)
 
 def length_limit(config: RunConfig, processor: Processor) -> Limit:
     """The most tokens of a row: ``data.max_length``, or what a microbatch and the model can hold."""
+    longest, name = longest_sequence(processor.config.get_text_config())
     limits = [
         Limit(most_tokens(config), "trainer.max_tokens_per_microbatch"),
-        Limit(processor.config.get_text_config().max_position_embeddings, "the model's max_position_embeddings"),
+        Limit(longest, f"the model's {name}"),
     ]
     if config.data.max_length:
         limits.insert(0, Limit(config.data.max_length, "data.max_length"))

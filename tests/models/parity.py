@@ -29,6 +29,9 @@ VPP2 = {"virtual_pipeline_model_parallel_size": 2}
 LAYOUTS = {  # name -> ranks, layout: for models of two layers
     "tp1": (1, layout()),
     "tp2": (2, layout(tp=2)),
+    "tp3_sp": (3, layout(tp=3, **SP)),
+    "tp4": (4, layout(tp=4)),
+    "tp4_sp": (4, layout(tp=4, **SP)),
     "tp2_sp": (2, layout(tp=2, **SP)),
     "pp2": (2, layout(pp=2)),
     "tp2_pp2": (4, layout(tp=2, pp=2)),

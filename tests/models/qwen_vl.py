@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from tests.models.reference import IMAGE, VIDEO, VISION_END, VISION_START, VOCAB, Case, Sample, words
+from tests.models.text import YARN
 
 import transformers  # isort: skip  after torchvision_cpu
 
@@ -40,6 +41,7 @@ CONFIGS = {
     "gqa4_untied": {"heads": 8, "groups": 2, "tied": False, "window": 3, "full": [0, 2]},
     "mha_untied_full": {"heads": 4, "groups": 4, "tied": False, "window": 2, "full": [0, 1, 2]},
     "mha_tied_windows": {"heads": 4, "groups": 4, "tied": True, "window": 4, "full": []},
+    "yarn": {"heads": 4, "groups": 2, "tied": True, "window": 2, "full": [1], "yarn": True, "vision_heads": 4},
     "deep_tied": {"heads": 8, "groups": 4, "tied": True, "window": 2, "full": [1], "layers": 4, "vision_heads": 4},
 }
 
@@ -171,7 +173,9 @@ class Qwen25VL(QwenVL):
             "num_attention_heads": c["heads"],
             "num_key_value_heads": c["groups"],
             "rms_norm_eps": 1e-6,
-            "rope_parameters": {"rope_type": "default", "mrope_section": [half // 4, half // 4, half // 2]},
+            "rope_parameters": {"mrope_section": [half // 4, half // 4, half // 2]}
+            | (YARN if c.get("yarn") else {"rope_type": "default"}),
+            "max_position_embeddings": 128,
             "bos_token_id": 1,
             "eos_token_id": 2,
         }

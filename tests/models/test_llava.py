@@ -145,9 +145,9 @@ def test_bfloat16_stays_near_float32(pool, references):
         ),
         (
             "clip_llama",
-            {"text_config.num_key_value_heads": 1},
+            {"text_config.num_key_value_heads": 3},
             2,
-            "num_key_value_heads=1 cannot be divided by parallel.t",
+            "num_attention_heads=4 cannot be divided by num_key_value_heads=3",
         ),
         ("clip_llama", {"text_config.model_type": "gpt2"}, 1, "model_type='gpt2' of the language model is not one of"),
         ("clip_llama", {"vision_config.image_size": [14, 28]}, 1, "vision_config.image_size=[14, 28]: only squares"),

@@ -40,6 +40,7 @@ CASES = [
     ("tower", "pp2"),
     *(("everything", layout) for layout in ("tp1", "tp2", "tp2_sp", "pp2", "tp2_sp_pp2")),
     *((family, "tp2_sp") for family in MODELS),
+    ("text", "tp4"),  # of two groups of keys and values
 ]
 
 

@@ -79,6 +79,7 @@ def test_vocab_pads_with_zeros():
     assert whole.shape == (128, 2)
     assert whole.sum() == 6
     assert [padded_vocab_size(n) for n in (1, 128, 129)] == [128, 128, 256]
+    assert [padded_vocab_size(100352, size) for size in (1, 2, 4, 5, 7)] == [100352, 100352, 100352, 100480, 100352]
 
 
 def test_a_dimension_that_cannot_be_split_is_named():

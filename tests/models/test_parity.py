@@ -18,6 +18,7 @@ from tests.models.parity import (
     run,
 )
 from tests.models.reference import reference
+from tests.models.text import LONG_CONFIGS
 
 LLAVA_LAYOUTS = ("tp2", "tp2_sp", "pp2", "tp2_pp2", "dp2", "cp2")
 CASES = [
@@ -25,6 +26,12 @@ CASES = [
     *(("qwen2_5_vl", name, layout) for name in ("gqa2_tied", "gqa4_untied") for layout in LAYOUTS if layout != "tp1"),
     *((family, "seed0", layout) for family in ("qwen2_vl", "qwen3_vl") for layout in LAYOUTS if layout != "tp1"),
     *(("text", name, layout) for name in FAMILIES["text"].names for layout in ("tp2_sp", "pp2", "tp2_pp2")),
+    *(("text", name, "tp1") for name in LONG_CONFIGS),
+    *(("text", name, "tp2_sp") for name in ("yarn", "longrope_partial_tied")),
+    # fewer groups of keys and values than ranks, with a norm of keys, with biases, as the files fuse them
+    *(("text", name, "tp4") for name in ("qwen3_narrow_heads", "phi3_fused")),
+    *(("text", "qwen2_untied", "tp4_sp"), ("qwen2_5_vl", "yarn", "tp4_sp")),
+    ("text", "six_heads", "tp3_sp"),  # a padded vocabulary that 3 does not divide
     *(("qwen2_5_vl", "deep_tied", layout) for layout in DEEP_LAYOUTS),
     *(("qwen3_vl", "seed1", layout) for layout in ("cp2", "tp2_sp_cp2", "pp2_vpp2", "pp2_uneven")),
     ("text", "qwen3_narrow_heads", "cp2_pp2"),

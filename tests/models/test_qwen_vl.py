@@ -129,7 +129,7 @@ PP2, VPP = {"pipeline_model_parallel_size": 2}, "virtual_pipeline_model_parallel
 @pytest.mark.parametrize(
     ("model", "parallel", "error", "message"),
     [
-        ({}, {"tensor_model_parallel_size": 4}, ValueError, "num_key_value_heads=2 cannot be divided by parallel.tens"),
+        ({}, {"tensor_model_parallel_size": 3}, ValueError, "num_attention_heads=4 cannot be divided by parallel.tens"),
         ({}, {"pipeline_model_parallel_size": 4}, ValueError, "num_hidden_layers=2 cannot be divided by parallel.pi"),
         (
             {},

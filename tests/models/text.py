@@ -20,6 +20,15 @@ LLAMA3_SCALING = {
     "high_freq_factor": 4.0,
     "original_max_position_embeddings": 16,
 }
+YARN = {"rope_type": "yarn", "rope_theta": 10000.0, "factor": 8.0, "original_max_position_embeddings": 16}
+LONGROPE = {  # of three quarters of a head's 16 channels
+    "rope_type": "longrope",
+    "rope_theta": 10000.0,
+    "partial_rotary_factor": 0.75,
+    "original_max_position_embeddings": 64,
+    "short_factor": [1.0, 1.1, 1.3, 1.7, 2.0, 2.5],
+    "long_factor": [1.0, 2.0, 4.0, 8.0, 16.0, 32.0],
+}
 # name -> configuration class, and what differs from heads of 16 for a hidden size of 64
 CONFIGS: dict[str, tuple[str, dict[str, Any]]] = {
     "llama_gqa2_tied": ("LlamaConfig", {"num_key_value_heads": 2, "tie_word_embeddings": True}),
@@ -29,14 +38,35 @@ CONFIGS: dict[str, tuple[str, dict[str, Any]]] = {
     "qwen2_untied": ("Qwen2Config", {"num_key_value_heads": 2, "hidden_size": 96}),
     "qwen3_narrow_heads": ("Qwen3Config", {"num_key_value_heads": 2, "head_dim": 8, "tie_word_embeddings": True}),
 }
+# like those; the longest of the samples, 45 tokens, fits what each allows
+LONG_CONFIGS: dict[str, tuple[str, dict[str, Any]]] = {
+    "linear": ("LlamaConfig", {"rope_parameters": {"rope_type": "linear", "rope_theta": 10000.0, "factor": 2.5}}),
+    "yarn": ("Qwen2Config", {"num_key_value_heads": 2, "rope_parameters": YARN}),
+    "yarn_said_factor": (
+        "Qwen3Config",
+        {"num_key_value_heads": 2, "head_dim": 16, "rope_parameters": YARN | {"attention_factor": 0.8}},
+    ),
+    "longrope_partial_tied": (
+        "Phi3Config",
+        {"num_key_value_heads": 2, "pad_token_id": 0, "rope_parameters": LONGROPE, "tie_word_embeddings": True}
+        | {"original_max_position_embeddings": 64},
+    ),
+    "dynamic": ("LlamaConfig", {"rope_parameters": {"rope_type": "dynamic", "rope_theta": 10000.0, "factor": 4.0}}),
+    "window": ("MistralConfig", {"num_key_value_heads": 2, "sliding_window": 45}),
+    "six_heads": ("Qwen2Config", {"num_attention_heads": 6, "num_key_value_heads": 6, "hidden_size": 96}),
+    "window_of_layers": (
+        "Qwen2Config",
+        {"num_key_value_heads": 2, "use_sliding_window": True, "sliding_window": 45, "max_window_layers": 1},
+    ),
+}
 
 
 class Text(Case):
-    title = "Llama, Mistral, Qwen2, Qwen3"
+    title = "Llama, Mistral, Phi-3, Qwen2, Qwen3"
     names = tuple(CONFIGS)
 
     def config(self, name: str) -> transformers.PretrainedConfig:
-        kind, fields = CONFIGS[name]
+        kind, fields = (CONFIGS | LONG_CONFIGS)[name]
         shape = {"hidden_size": 64, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
         rest = {"max_position_embeddings": 128, "rms_norm_eps": 1e-6, "tie_word_embeddings": False}
         config = getattr(transformers, kind)(vocab_size=VOCAB, bos_token_id=1, eos_token_id=2, **shape | rest | fields)

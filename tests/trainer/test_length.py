@@ -7,6 +7,7 @@ from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
+from transformers import Qwen2Config
 
 from megarl.config import DataConfig, ParallelConfig, RunConfig, TaskConfig, TrainerConfig
 from megarl.data.source import Limit
@@ -36,9 +37,8 @@ def test_epochs_are_steps(tmp_path):
 
 
 def test_a_row_is_at_most_as_long_as_what_holds_it(tmp_path):
-    processor = SimpleNamespace(
-        config=SimpleNamespace(get_text_config=lambda: SimpleNamespace(max_position_embeddings=500))
-    )
+    text = Qwen2Config(max_position_embeddings=500, sliding_window=400)
+    processor = SimpleNamespace(config=text)
     config = config_of(tmp_path / "t.jsonl", 1)
     assert length_limit(config, processor) == Limit(500, "the model's max_position_embeddings")
     config.trainer.max_tokens_per_microbatch = 101
@@ -47,3 +47,5 @@ def test_a_row_is_at_most_as_long_as_what_holds_it(tmp_path):
     assert length_limit(cut, processor).tokens == 100  # four chunks of each sequence
     config.data.max_length = 50
     assert length_limit(config, processor) == Limit(50, "data.max_length")
+    text.layer_types, text.sliding_window = ["sliding_attention"], 40
+    assert length_limit(config, processor) == Limit(40, "the model's sliding_window")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 from megatron.core.models.gpt import GPTModel
@@ -14,6 +15,7 @@ from torch import Tensor
 from transformers import PretrainedConfig
 
 from megarl.models.common.experts import dispatch_locally
+from megarl.models.common.language import TRAITS
 from megarl.models.common.rotary import Rotary
 from megarl.models.mapping import padded_vocab_size
 
@@ -41,6 +43,20 @@ class DecoderLayer(TransformerLayer):
         return output + context[..., :width], context[..., width:] if context.shape[-1] > width else None
 
 
+def _scale_rotation(config: TransformerConfig, factor: float) -> None:
+    """Have mcore's attention multiply sines and cosines with ``factor``.
+
+    It reads its own fields of yarn for that, whatever made the frequencies: (0.1 m log s + 1) / (0.1 a log s + 1).
+    """
+    if factor == 1.0:
+        return
+    if config.apply_rope_fusion:
+        raise ValueError(
+            f"model.megatron.apply_rope_fusion=True: the kernel has no factor, and rope_scaling asks for {factor:.4g}"
+        )
+    config.yarn_rotary_scaling_factor, config.yarn_mscale, config.yarn_mscale_all_dim = math.exp(10), factor - 1, 0
+
+
 class Decoder(GPTModel):
     """``GPTModel`` whose last stage returns hidden states instead of logits or a loss.
 
@@ -62,7 +78,7 @@ class Decoder(GPTModel):
         super().__init__(
             config,
             spec,
-            vocab_size=padded_vocab_size(text.vocab_size),
+            vocab_size=padded_vocab_size(text.vocab_size, config.tensor_model_parallel_size),
             max_sequence_length=text.max_position_embeddings,
             pre_process=pre_process,
             post_process=post_process,
@@ -71,7 +87,8 @@ class Decoder(GPTModel):
             scatter_embedding_sequence_parallel=False,
             vp_stage=vp_stage,
         )
-        self.rotary_pos_emb = Rotary(text, config.kv_channels)
+        self.rotary_pos_emb = Rotary(text, config.kv_channels, partial=TRAITS[text.model_type].partial_rotary)
+        _scale_rotation(config, self.rotary_pos_emb.attention_scaling)
 
     def _postprocess(self, hidden_states: Tensor, **_: Any) -> Tensor:
         if not self.post_process:

@@ -28,12 +28,13 @@ class Traits:
     qk_norm: bool = False  # RMSNorm of each query and key head
     experts: bool = False  # in the place of the MLP of some layers; ``sparse_layers``
     fused: bool = False  # the files hold queries, keys and values as one matrix, and gate and up as another
+    partial_rotary: bool = False  # ``partial_rotary_factor`` is read: the first channels of a head are turned
 
 
 TRAITS = {
     "llama": Traits(),
     "mistral": Traits(),
-    "phi3": Traits(fused=True),
+    "phi3": Traits(fused=True, partial_rotary=True),
     "qwen2": Traits(qkv_bias=True),
     "qwen2_vl_text": Traits(qkv_bias=True),
     "qwen2_5_vl_text": Traits(qkv_bias=True),
@@ -55,12 +56,13 @@ def validate_language(text: PretrainedConfig, parallel: ParallelConfig) -> None:
     if text.model_type not in TRAITS:
         raise ValueError(f"model_type={text.model_type!r} of the language model is not one of {', '.join(TRAITS)}")
     sparse = sparse_layers(text)
-    cut = ["num_attention_heads", "num_key_value_heads", *([] if all(sparse) else ["intermediate_size"])]
-    check_divisible(
-        {name: getattr(text, name) for name in cut},
-        "parallel.tensor_model_parallel_size",
-        parallel.tensor_model_parallel_size,
-    )
+    _validate_heads(text, parallel.tensor_model_parallel_size)
+    if not all(sparse):
+        check_divisible(
+            {"intermediate_size": text.intermediate_size},
+            "parallel.tensor_model_parallel_size",
+            parallel.tensor_model_parallel_size,
+        )
     _validate_layout(text, parallel)
     if any(sparse):
         _validate_experts(text, parallel)
@@ -69,17 +71,51 @@ def validate_language(text: PretrainedConfig, parallel: ParallelConfig) -> None:
             f"parallel.expert_model_parallel_size={parallel.expert_model_parallel_size}: this model has no experts"
         )
     options = text.to_dict()
-    if "sliding_attention" in (options.get("layer_types") or []):
-        raise ValueError("use_sliding_window=True: sliding-window layers are not supported")
-    window = options.get("sliding_window")
-    if "layer_types" not in options and window is not None and window < text.max_position_embeddings:
-        raise ValueError(f"sliding_window={window}: sliding-window layers are not supported")
     for key in ("attention_bias", "mlp_bias"):
         if options.get(key):
             raise ValueError(f"{key}=True of the language model is not supported")
     if text.hidden_act != "silu":
         raise ValueError(f"hidden_act={text.hidden_act!r} of the language model is not silu")
-    rotary_frequencies(text, head_dim(text))
+    rotary_frequencies(text, head_dim(text), partial=TRAITS[text.model_type].partial_rotary)
+    longest_sequence(text)
+
+
+def _validate_heads(text: PretrainedConfig, size: int) -> None:
+    """Ranks share out the query heads, and the groups of keys and values or, of fewer groups than ranks, each one."""
+    heads, groups = text.num_attention_heads, text.num_key_value_heads
+    check_divisible({"num_attention_heads": heads}, "parallel.tensor_model_parallel_size", size)
+    check_divisible({"num_attention_heads": heads}, "num_key_value_heads", groups)
+    if groups % size and size % groups:
+        raise ValueError(
+            f"num_key_value_heads={groups} and parallel.tensor_model_parallel_size={size}: one must divide the other"
+        )
+    # the matrix of queries, keys and values is cut in equal parts, which mcore gathers when it has fewer groups
+    rows = (heads + 2 * groups) * head_dim(text)
+    if rows % size:
+        raise ValueError(
+            f"num_attention_heads={heads}, num_key_value_heads={groups} and head_dim={head_dim(text)} make {rows} rows "
+            f"that parallel.tensor_model_parallel_size={size} does not divide"
+        )
+
+
+def longest_sequence(text: PretrainedConfig) -> tuple[int, str]:
+    """The most tokens of a sequence for which the decoder computes what transformers does, and the field that says so.
+
+    A sequence that fits a sliding window does not know of it. Behind ``original_max_position_embeddings`` longrope
+    turns the whole batch by other frequencies, in transformers and in the engine, whatever else is in it.
+    """
+    limits = [(text.max_position_embeddings, "max_position_embeddings")]
+    options = text.to_dict()
+    kinds, window = set(options.get("layer_types") or []), options.get("sliding_window")
+    unknown = sorted(kinds - {"full_attention", "sliding_attention"})
+    if unknown or ("sliding_attention" in kinds and window is None):
+        raise ValueError(f"layer_types={sorted(kinds)} with sliding_window={window} is not supported")
+    if window is not None and (not kinds or "sliding_attention" in kinds):
+        limits.append((window, "sliding_window"))
+    if text.rope_parameters["rope_type"] == "longrope":
+        name = "original_max_position_embeddings"
+        limits.append((text.rope_parameters[name], name))
+    return min(limits)
 
 
 def _validate_layout(text: PretrainedConfig, parallel: ParallelConfig) -> None:

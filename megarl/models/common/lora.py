@@ -112,17 +112,19 @@ class StackedB(Mapping):
 class Adapter(nn.Module):
     """scale * B A of one layer on this rank; A is split as the layer's inputs are, and B as its outputs."""
 
-    def __init__(self, linear: ColumnParallelLinear | RowParallelLinear, owners: Tensor, lora: LoraConfig) -> None:
-        """owners: [O] int64, which projection each output belongs to, or -1 for none."""
+    def __init__(
+        self, linear: ColumnParallelLinear | RowParallelLinear, owners: Tensor, num_projections: int, lora: LoraConfig
+    ) -> None:
+        """owners: [O] int64, which of the projections each output on this rank belongs to, or -1 for none."""
         super().__init__()
         outputs, inputs = linear.weight.shape
         self.scale, self.enabled = lora.scale, True
         self.column = isinstance(linear, ColumnParallelLinear)
         self.sequence_parallel, self.tp_group = linear.sequence_parallel, linear.tp_group
         like = {"dtype": linear.weight.dtype, "device": linear.weight.device}
-        self.lora_A = nn.Parameter(torch.empty((1 + int(owners.max())) * lora.rank, inputs, **like))
+        self.lora_A = nn.Parameter(torch.empty(num_projections * lora.rank, inputs, **like))
         self.lora_B = nn.Parameter(torch.zeros(outputs, lora.rank, **like))
-        mask = F.one_hot(owners + 1)[:, 1:]  # [O, P]
+        mask = F.one_hot(owners + 1, num_projections + 1)[:, 1:]  # [O, P]
         self.mask = None if bool(mask.all()) else mask.to(**like)
         split, whole = (self.lora_B, self.lora_A) if self.column else (self.lora_A, self.lora_B)
         set_tensor_model_parallel_attributes(split, True, 0 if self.column else 1, 1)
@@ -256,7 +258,7 @@ def attach(
         owners = _owners(layers[name], chosen[name], num_rows[name])
         column = layers[name].shard_dim == 0
         owners = layers[name].split(owners[:, None], size)[rank][:, 0] if column else owners
-        module.adapter = Adapter(module, owners, lora)
+        module.adapter = Adapter(module, owners, len(chosen[name]), lora)
         module.gated = isinstance(layers[name], GatedMLP)
         module.__class__ = AdaptedColumnParallelLinear if column else AdaptedRowParallelLinear
     table = [mapping for name, names in chosen.items() for mapping in _mappings(layers[name], names, num_rows)]

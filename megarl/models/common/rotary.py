@@ -10,22 +10,30 @@ from torch import Tensor, nn
 from transformers import PretrainedConfig
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
-_SCALINGS = ("linear", "llama3")  # those that change frequencies only, and the same for every length
+# beyond these lengths transformers turns a sequence by what else is in its batch: ``longest_sequence`` ends there
+_SCALINGS = ("linear", "llama3", "yarn", "longrope", "dynamic")
 
 
-def rotary_frequencies(text: PretrainedConfig, head_dim: int) -> Tensor:
-    """[D / 2] float32; raises ``ValueError`` for a kind of scaling that is not supported."""
+def rotary_frequencies(text: PretrainedConfig, head_dim: int, *, partial: bool) -> tuple[Tensor, float]:
+    """[D / 2] float32, and the factor of sines and cosines; ``partial``: the model turns a part of a head's channels.
+
+    Raises ``ValueError`` for what is not supported. Of longrope and dynamic, those of sequences that are not longer
+    than ``longest_sequence``.
+    """
     parameters = text.rope_parameters
-    kind = parameters["rope_type"]
+    kind, part = parameters["rope_type"], parameters.get("partial_rotary_factor", 1.0)
+    if part != 1.0 and not partial:
+        raise ValueError(
+            f"partial_rotary_factor={part}: transformers turns whole heads of a {text.model_type}, and the rollout "
+            "engine parts of them"
+        )
     if kind == "default":
-        channels = int(head_dim * parameters.get("partial_rotary_factor", 1.0))
-        return 1.0 / parameters["rope_theta"] ** (torch.arange(0, channels, 2, dtype=torch.float32) / channels)
+        channels = int(head_dim * part)
+        return 1.0 / parameters["rope_theta"] ** (torch.arange(0, channels, 2, dtype=torch.float32) / channels), 1.0
     if kind not in _SCALINGS:
         raise ValueError(f"rope_scaling.rope_type={kind!r} is not one of default, {', '.join(_SCALINGS)}")
     with torch.device("cpu"):  # also where a model is described on the meta device
-        frequencies, attention_scaling = ROPE_INIT_FUNCTIONS[kind](text, torch.device("cpu"))
-    assert attention_scaling == 1.0
-    return frequencies
+        return ROPE_INIT_FUNCTIONS[kind](text, torch.device("cpu"))
 
 
 def rotary_axes(text: PretrainedConfig, channels: int) -> Tensor:
@@ -49,12 +57,15 @@ def rotary_axes(text: PretrainedConfig, channels: int) -> Tensor:
 
 
 class Rotary(nn.Module):
-    """Takes the place of Megatron-Core's ``MultimodalRotaryEmbedding`` in a GPT model."""
+    """Takes the place of Megatron-Core's ``MultimodalRotaryEmbedding`` in a GPT model.
 
-    def __init__(self, text: PretrainedConfig, head_dim: int) -> None:
+    ``attention_scaling``: what sines and cosines are multiplied with where queries and keys are turned.
+    """
+
+    def __init__(self, text: PretrainedConfig, head_dim: int, *, partial: bool) -> None:
         super().__init__()
         with torch.device("cpu"):
-            frequencies = rotary_frequencies(text, head_dim)
+            frequencies, self.attention_scaling = rotary_frequencies(text, head_dim, partial=partial)
             axes = rotary_axes(text, len(frequencies))
         device = "cuda" if torch.cuda.is_available() else "cpu"
         self.register_buffer("frequencies", frequencies.to(device), persistent=False)
