@@ -99,6 +99,7 @@ TEXT = Family(
         "Phi3ForCausalLM",
         "Qwen2ForCausalLM",
         "Qwen3ForCausalLM",
+        "Qwen3MoeForCausalLM",
     ),
     build=LanguageModel,
     mappings=text_mappings,

@@ -140,6 +140,24 @@ class FusedGatedMLP(GatedMLP):
 
 
 @dataclass(frozen=True, kw_only=True)
+class ExpertMatrices(Mapping):
+    """Matrices [out, in] of E experts, each stored by itself, in Megatron one tensor [E, in, num_parts * out].
+
+    ``hf`` names the parts of the first expert, then those of the second; ranks hold whole experts.
+    """
+
+    num_parts: int
+
+    def to_megatron(self, tensors: HFTensors) -> Tensor:
+        rows = torch.cat([tensors[name] for name in self.hf])
+        return rows.unflatten(0, (len(self.hf) // self.num_parts, -1)).transpose(1, 2).contiguous()
+
+    def to_hf(self, tensor: Tensor) -> HFTensors:
+        rows = tensor.transpose(1, 2).contiguous().flatten(0, 1)
+        return dict(zip(self.hf, rows.chunk(len(self.hf)), strict=True))
+
+
+@dataclass(frozen=True, kw_only=True)
 class Unsqueezed(Mapping):
     """A tensor that has ``ones`` dimensions of size one in front in the checkpoint."""
 

@@ -25,6 +25,7 @@ from sglang.srt.layers.vocab_parallel_embedding import VocabParallelEmbedding
 from sglang.srt.lora.layers import BaseLayerWithLoRA
 from sglang.srt.lora.lora_manager import LoRAManager
 from sglang.srt.models.llama import Phi3ForCausalLM
+from sglang.srt.models.qwen3_moe import Qwen3MoeForCausalLM
 from torch import Tensor, nn
 
 from megarl.utils.checksum import checksum_part, format_checksum
@@ -102,6 +103,22 @@ def _experts(name: str, module: FusedMoE, parameter: Tensor) -> Iterator[Held]:
         yield Held(f"{prefix}.{kind}", (local * ep, rows, columns), tensor, part, offset, strides)
 
 
+def _experts_apart(name: str, module: FusedMoE, parameter: Tensor) -> Iterator[Held]:
+    """The same as matrices of each expert; every rank names those of all, and of other ranks' it holds nothing."""
+    tp, rank, local = module.moe_tp_size, module.moe_tp_rank, len(parameter)
+    prefix, leaf = name.rsplit(".", 1)
+    for number in range(local * module.moe_ep_size):
+        owner, index = divmod(number, local)
+        if leaf == "w2_weight":
+            held = [_columns(f"{prefix}.{number}.down_proj.weight", parameter[index], rank, tp)]
+        else:
+            names = [f"{prefix}.{number}.{half}_proj.weight" for half in ("gate", "up")]
+            held = [_rows(n, half, rank, tp) for n, half in zip(names, parameter[index].chunk(2), strict=True)]
+        for item in held:
+            nothing = replace(item, tensor=parameter.new_empty(0), part=tp, offset=0, strides=None)
+            yield item if owner == module.moe_ep_rank else nothing
+
+
 # What SGLang calls the parts of a model whose checkpoint calls them otherwise, by class.
 _QWEN3_VL = {"visual.": "model.visual.", "model.": "model.language_model."}
 PREFIXES = {"Qwen3VLForConditionalGeneration": _QWEN3_VL, "Qwen3VLMoeForConditionalGeneration": _QWEN3_VL}
@@ -163,7 +180,7 @@ def _is_fused(model: nn.Module) -> bool:
 
 def _unfused(model: nn.Module) -> Iterator[Held]:
     """The same under SGLang's names."""
-    modules, fused = dict(model.named_modules()), _is_fused(model)
+    modules, fused, apart = dict(model.named_modules()), _is_fused(model), isinstance(model, Qwen3MoeForCausalLM)
     for name, parameter in model.named_parameters():
         module, tensor = modules[name.rpartition(".")[0]], parameter.detach()
         if isinstance(module, BaseLayerWithLoRA):  # holds its layer's parameters as its own
@@ -174,7 +191,7 @@ def _unfused(model: nn.Module) -> Iterator[Held]:
         elif isinstance(module, MergedColumnParallelLinear):
             yield from _gate_up(name, module, tensor, fused)
         elif isinstance(module, FusedMoE):
-            yield from _experts(name, module, tensor)
+            yield from (_experts_apart if apart else _experts)(name, module, tensor)
         elif isinstance(module, ColumnParallelLinear):
             yield _rows(name, tensor, module.tp_rank, module.tp_size)
         elif isinstance(module, RowParallelLinear) and is_weight:

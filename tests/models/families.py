@@ -5,7 +5,7 @@ from __future__ import annotations
 from tests.models.llava import Llava, LlavaNext, LlavaOnevision
 from tests.models.qwen_vl import Qwen2VL, Qwen3VL, Qwen3VLMoe, Qwen25VL
 from tests.models.reference import Case
-from tests.models.text import Text
+from tests.models.text import Qwen3Moe, Text
 
 FAMILIES: dict[str, Case] = {
     "qwen2_vl": Qwen2VL(),
@@ -16,4 +16,5 @@ FAMILIES: dict[str, Case] = {
     "llava_next": LlavaNext(),
     "llava_onevision": LlavaOnevision(),
     "text": Text(),
+    "qwen3_moe": Qwen3Moe(),
 }

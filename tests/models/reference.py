@@ -86,6 +86,12 @@ class Case(ABC):
     def inputs(self, samples: list[Sample], tokens: Tensor) -> dict[str, Any]:
         """What transformers takes beside ``input_ids`` (``tokens`` [S, L], padded) and the mask."""
 
+    def published(self, config: transformers.PretrainedConfig, named: dict[str, Tensor]) -> dict[str, Tensor]:
+        """``named`` as transformers calls and lays out parameters, as the published files do."""
+        family, described = family_of(config), config.to_dict()
+        canonical = {family.canonical_name(name): tensor for name, tensor in named.items()}
+        return {name: family.canonical_tensor(described, name, tensor) for name, tensor in canonical.items()}
+
     def model(self, name: str, seed: int = 0) -> transformers.PreTrainedModel:
         """With every bias and norm away from its initial 0 and 1, so that no path goes untested."""
         torch.manual_seed(seed)
@@ -144,17 +150,16 @@ def reference(case: Case, name: str, directory: Path) -> Reference:
     """Write the model ``name`` to ``directory`` and run transformers on one padded batch of the samples."""
     model = case.model(name)
     model.save_pretrained(directory)
-    family, described = family_of(model.config), model.config.to_dict()
     samples = case.samples(model, seed=0)
     generator = torch.Generator().manual_seed(1)
     result = Reference(str(directory), samples, [torch.randn(len(trained(s)), generator=generator) for s in samples])
     result.logits, total = evaluate(case, model, result)
     (total / sum(len(w) for w in result.weights)).backward()
-    named = [(family.canonical_name(n), p) for n, p in model.named_parameters()]
-    grads = {n: p.grad.clone() for n, p in named if p.grad is not None}
-    result.gradients = {n: family.canonical_tensor(described, n, grad) for n, grad in grads.items()}
+    named = dict(model.named_parameters())
+    grads = {n: p.grad.clone() for n, p in named.items() if p.grad is not None}
+    result.gradients = case.published(model.config, grads)
     torch.optim.AdamW(model.parameters(), lr=1e-2, betas=(0.9, 0.95), eps=1e-2, weight_decay=0.0).step()
-    result.updated = {n: family.canonical_tensor(described, n, p.detach()) for n, p in named}
+    result.updated = case.published(model.config, {n: p.detach() for n, p in named.items()})
     return result
 
 

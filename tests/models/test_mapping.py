@@ -92,9 +92,8 @@ def test_a_familys_table_covers_its_checkpoints_and_loses_no_bit(family, name):
     model = FAMILIES[family].model(name)
     known = family_of(model.config)
     output = "lm_head.weight" if model.config.tie_word_embeddings else "none"
-    named = {known.canonical_name(key): value for key, value in model.state_dict().items()}
-    described = model.config.to_dict()
-    tensors = {k: known.canonical_tensor(described, k, v) for k, v in named.items() if not k.endswith(output)}
+    named = FAMILIES[family].published(model.config, dict(model.state_dict()))
+    tensors = {key: value for key, value in named.items() if not key.endswith(output)}
     back = {}
     for mapping in known.mappings(model.config):
         whole = mapping.to_megatron(tensors)

@@ -36,6 +36,8 @@ CASES = [
     *(("qwen3_vl", "seed1", layout) for layout in ("cp2", "tp2_sp_cp2", "pp2_vpp2", "pp2_uneven")),
     ("text", "qwen3_narrow_heads", "cp2_pp2"),
     *(("qwen3_vl_moe", "mixed", layout) for layout in ("tp2_sp", "ep2_cp2", "ep4_tp2_sp_dp2")),
+    *(("qwen3_moe", name, "ep2_tp2_sp") for name in ("sparse", "mixed")),
+    ("qwen3_moe", "seed0", "ep2_tp2_sp_pp2"),
     *(("qwen3_vl_moe", "seed0", layout) for layout in ("ep2_pp2_dp2", "ep2_tp2_sp_pp2_vpp2")),
     *(("llava", "clip_llama", layout) for layout in LLAVA_LAYOUTS),
     *(("llava_onevision", "onevision_siglip_qwen2", layout) for layout in LLAVA_LAYOUTS),

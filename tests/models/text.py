@@ -101,3 +101,60 @@ class Text(Case):
 
     def inputs(self, samples: list[Sample], tokens: Tensor) -> dict[str, Any]:
         return {}
+
+
+class Qwen3Moe(Text):
+    """``sparse``: every layer has experts. ``mixed``: the first does not, and the chosen ones' weights sum to less."""
+
+    title = "Qwen3-MoE"
+    names = ("sparse", "mixed")
+
+    def config(self, name: str) -> transformers.Qwen3MoeConfig:
+        fields = {"sparse": {"norm_topk_prob": True}, "mixed": {"decoder_sparse_step": 2, "tie_word_embeddings": True}}
+        return transformers.Qwen3MoeConfig(
+            architectures=["Qwen3MoeForCausalLM"],
+            vocab_size=VOCAB,
+            hidden_size=64,
+            intermediate_size=48,
+            moe_intermediate_size=24,
+            num_hidden_layers=2,
+            num_attention_heads=4,
+            num_key_value_heads=2,
+            head_dim=8,
+            num_experts=4,
+            num_experts_per_tok=2,
+            max_position_embeddings=128,
+            bos_token_id=1,
+            eos_token_id=2,
+            **fields[name],
+        )
+
+    def draw(self, seed: int) -> transformers.Qwen3MoeConfig:
+        draw = random.Random(seed)
+        config = self.config(draw.choice(self.names))
+        config.update(
+            {
+                "num_hidden_layers": 4,
+                "num_attention_heads": 4 * draw.choice([1, 2]),
+                "num_key_value_heads": 4,
+                "moe_intermediate_size": 4 * draw.randint(3, 9),
+                "num_experts": draw.choice([4, 8]),
+                "num_experts_per_tok": draw.choice([2, 3]),
+                "mlp_only_layers": draw.choice([[], [1], [0, 3]]),
+            }
+        )
+        return config
+
+    def published(self, config: transformers.PretrainedConfig, named: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Every expert's matrices by themselves, as files hold them and transformers does not."""
+        result: dict[str, Tensor] = {}
+        for name, tensor in named.items():
+            prefix, _, kind = name.rpartition("experts.")
+            if kind not in ("gate_up_proj", "down_proj"):
+                result[name] = tensor
+                continue
+            for number, expert in enumerate(tensor):
+                parts = ("gate", "up") if kind == "gate_up_proj" else ("down",)
+                for part, matrix in zip(parts, expert.chunk(len(parts)), strict=True):
+                    result[f"{prefix}experts.{number}.{part}_proj.weight"] = matrix
+        return result

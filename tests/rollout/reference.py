@@ -56,10 +56,11 @@ class HuggingFace:
     """Log-probs by transformers with the weights of ``path``, some of them replaced."""
 
     def __init__(self, path: Path, processor: Processor, replaced: dict[str, torch.Tensor] | None = None) -> None:
-        from transformers import AutoModelForImageTextToText
+        import transformers
 
         self.processor = processor
-        self.model = AutoModelForImageTextToText.from_pretrained(path, dtype=torch.float32).eval()
+        kind = getattr(transformers, processor.config.architectures[0])
+        self.model = kind.from_pretrained(path, dtype=torch.float32).eval()
         parameters = dict(self.model.named_parameters())
         for name, tensor in (replaced or {}).items():
             parameters[name if name.startswith("model.visual.") else f"model.{name}"].data.copy_(tensor)

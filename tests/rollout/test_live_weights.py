@@ -17,6 +17,7 @@ from megarl.rollout.live_weights import (
     MergedColumnParallelLinear,
     Phi3ForCausalLM,
     QKVParallelLinear,
+    Qwen3MoeForCausalLM,
     RowParallelLinear,
     VocabParallelEmbedding,
     _adapter_of,
@@ -158,6 +159,30 @@ def test_experts(tp):
         return tree({"model.mlp.experts": fake(FusedMoE, {"w13_weight": w13, "w2_weight": w2}, **sizes)})
 
     expected = {"model.mlp.experts.gate_up_proj": gate_up, "model.mlp.experts.down_proj": down}
+    models = [list(held_weights(model(rank))) for rank in range(RANKS)]
+    assert sums(models) == {name: tensor_checksum(tensor) for name, tensor in expected.items()}
+
+
+@pytest.mark.parametrize("tp", [1, 2, 4])
+def test_experts_that_files_hold_apart(tp):
+    """Four experts over ranks of which ``tp`` share each, as a text model's."""
+    ep, inner = RANKS // tp, 8
+    gate, up, down = numbers(4, inner, HIDDEN), numbers(4, inner, HIDDEN), numbers(4, HIDDEN, inner)
+
+    def model(rank: int) -> nn.Module:
+        experts = slice(rank // tp * 4 // ep, (rank // tp + 1) * 4 // ep)
+        w13 = torch.cat([half[experts].chunk(tp, dim=1)[rank % tp] for half in (gate, up)], dim=1)
+        w2 = down[experts].chunk(tp, dim=2)[rank % tp].contiguous()
+        sizes = {"moe_tp_size": tp, "moe_ep_size": ep, "moe_tp_rank": rank % tp, "moe_ep_rank": rank // tp}
+        whole = tree({"model.mlp.experts": fake(FusedMoE, {"w13_weight": w13, "w2_weight": w2}, **sizes)})
+        whole.__class__ = type("Text", (Qwen3MoeForCausalLM,), {"__init__": None})
+        return whole
+
+    expected = {
+        f"model.mlp.experts.{number}.{name}_proj.weight": tensor[number]
+        for number in range(4)
+        for name, tensor in (("gate", gate), ("up", up), ("down", down))
+    }
     models = [list(held_weights(model(rank))) for rank in range(RANKS)]
     assert sums(models) == {name: tensor_checksum(tensor) for name, tensor in expected.items()}
 

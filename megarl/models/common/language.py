@@ -1,4 +1,4 @@
-"""Llama-like decoders (Llama, Mistral, Phi-3, Qwen2, Qwen3 and the text halves of VLMs): configuration, weight names.
+"""Llama-like decoders (Llama, Mistral, Phi-3, Qwen2, Qwen3, Qwen3-MoE, halves of VLMs): configuration, weight names.
 
 They differ in the bias of the query, key and value projections, in the norm of queries and keys, and in how the files
 cut their matrices; everything else is a number in ``config.json``.
@@ -17,7 +17,7 @@ from transformers import PretrainedConfig
 from megarl.config import ModelConfig, ParallelConfig
 from megarl.models.common.rotary import rotary_frequencies
 from megarl.models.common.transformer_config import transformer_config
-from megarl.models.mapping import QKV, FusedGatedMLP, FusedQKV, GatedMLP, Mapping, Vocab
+from megarl.models.mapping import QKV, ExpertMatrices, FusedGatedMLP, FusedQKV, GatedMLP, Mapping, Vocab
 
 
 @dataclass(frozen=True)
@@ -27,6 +27,8 @@ class Traits:
     qkv_bias: bool = False
     qk_norm: bool = False  # RMSNorm of each query and key head
     experts: bool = False  # in the place of the MLP of some layers; ``sparse_layers``
+    expert_files: bool = False  # the files hold every expert's matrices by themselves
+    reads_norm_topk_prob: bool = False  # else the chosen experts' probabilities sum to one whatever it says
     fused: bool = False  # the files hold queries, keys and values as one matrix, and gate and up as another
     partial_rotary: bool = False  # ``partial_rotary_factor`` is read: the first channels of a head are turned
 
@@ -39,6 +41,7 @@ TRAITS = {
     "qwen2_vl_text": Traits(qkv_bias=True),
     "qwen2_5_vl_text": Traits(qkv_bias=True),
     "qwen3": Traits(qk_norm=True),
+    "qwen3_moe": Traits(qk_norm=True, experts=True, expert_files=True, reads_norm_topk_prob=True),
     "qwen3_vl_text": Traits(qk_norm=True),
     "qwen3_vl_moe_text": Traits(qk_norm=True, experts=True),
 }
@@ -156,8 +159,14 @@ def _validate_experts(text: PretrainedConfig, parallel: ParallelConfig) -> None:
             f"num_experts_per_tok={text.num_experts_per_tok} must lie above 1, or the router learns nothing, and not "
             f"above num_experts={text.num_experts}"
         )
-    if text.to_dict().get("norm_topk_prob", True) is not True:
-        raise ValueError("norm_topk_prob=False is not supported: the chosen experts' probabilities must sum to one")
+    if not _normalized(text) and not TRAITS[text.model_type].reads_norm_topk_prob:
+        raise ValueError(
+            f"norm_topk_prob=False: in transformers the chosen experts' probabilities of a {text.model_type} sum to one"
+        )
+
+
+def _normalized(text: PretrainedConfig) -> bool:
+    return text.to_dict().get("norm_topk_prob", True) is True
 
 
 def sparse_layers(text: PretrainedConfig) -> list[bool]:
@@ -207,7 +216,9 @@ def _experts(
     fields: dict[str, Any] = {
         "num_moe_experts": text.num_experts,
         "moe_ffn_hidden_size": text.moe_intermediate_size,
-        "moe_router_topk": text.num_experts_per_tok,  # softmax over the chosen: theirs over all, made to sum to one
+        "moe_router_topk": text.num_experts_per_tok,
+        # a softmax over the chosen: theirs over all, made to sum to one
+        "moe_router_pre_softmax": not _normalized(text),
         "moe_layer_freq": 1 if all(sparse) else [int(layer) for layer in sparse],
         "expert_model_parallel_size": parallel.expert_model_parallel_size,
         "expert_tensor_parallel_size": 1,
@@ -242,7 +253,7 @@ def language_mappings(
             Mapping(megatron=f"{attention}linear_proj.weight", hf=(f"{theirs}self_attn.o_proj.weight",), shard_dim=1),
         ]
         if sparse[i]:
-            table += _expert_mappings(f"{ours}mlp.", f"{theirs}mlp.")
+            table += _expert_mappings(f"{ours}mlp.", f"{theirs}mlp.", text.num_experts if traits.expert_files else 0)
         else:
             gate_up = tuple(f"{theirs}mlp.{name}_proj.weight" for name in halves)
             table += [
@@ -266,11 +277,21 @@ def language_mappings(
     return table
 
 
-def _expert_mappings(ours: str, theirs: str) -> list[Mapping]:
-    """A router and the matrices of its experts, [E, H, 2 I] and [E, I, H] in the published files."""
+def _expert_mappings(ours: str, theirs: str, apart: int) -> list[Mapping]:
+    """A router and the matrices of its experts, [E, H, 2 I] and [E, I, H]; ``apart``: how many the files hold apart."""
     across = {"shard_dim": 0, "parallelism": "expert"}
+    router = Mapping(megatron=f"{ours}router.weight", hf=(f"{theirs}gate.weight",))
+    if apart:
+        names = [f"{theirs}experts.{number}." for number in range(apart)]
+        gate_up = tuple(f"{name}{half}_proj.weight" for name in names for half in ("gate", "up"))
+        down = tuple(f"{name}down_proj.weight" for name in names)
+        return [
+            router,
+            ExpertMatrices(megatron=f"{ours}experts.weight1", hf=gate_up, num_parts=2, **across),
+            ExpertMatrices(megatron=f"{ours}experts.weight2", hf=down, num_parts=1, **across),
+        ]
     return [
-        Mapping(megatron=f"{ours}router.weight", hf=(f"{theirs}gate.weight",)),
+        router,
         Mapping(megatron=f"{ours}experts.weight1", hf=(f"{theirs}experts.gate_up_proj",), **across),
         Mapping(megatron=f"{ours}experts.weight2", hf=(f"{theirs}experts.down_proj",), **across),
     ]
