@@ -16,6 +16,30 @@ from megarl.models.common.transformer_config import transformer_config
 SHAPE = {"num_layers": 2, "hidden_size": 8, "num_attention_heads": 2, "ffn_hidden_size": 16, "add_bias_linear": False}
 FIELDS = {field.name: field for field in dataclasses.fields(TransformerConfig) if field.init}
 
+TAKEN = {  # what reads it
+    "initial values, which a checkpoint replaces": (
+        "perform_initialization use_cpu_initialization init_method output_layer_init_method init_method_std "
+        "embedding_init_method embedding_init_method_std"
+    ),
+    "linear layers, MLPs and norms": (
+        "gradient_accumulation_fusion bias_activation_fusion bias_dropout_fusion apply_rope_fusion "
+        "use_te_activation_func"
+    ),
+    "the embedding": "fp32_residual_connection",
+    "the pipeline's schedules": (
+        "overlap_p2p_comm batch_p2p_comm batch_p2p_sync use_ring_exchange_p2p deallocate_pipeline_outputs "
+        "overlap_p2p_comm_warmup_flush microbatch_group_size_per_vp_stage"
+    ),
+    "the router and the dispatcher of experts": (
+        "moe_router_load_balancing_type moe_router_dtype moe_aux_loss_coeff moe_z_loss_coeff moe_router_fusion "
+        "moe_token_dispatcher_type moe_enable_deepep moe_flex_dispatcher_backend moe_permute_fusion "
+        "moe_deepep_num_sms moe_hybridep_num_sms"
+    ),
+    "experts_spec, which refuses other values": (
+        "moe_grouped_gemm moe_use_legacy_grouped_gemm moe_apply_probs_on_input moe_latent_size"
+    ),
+}
+
 
 def config(model: ModelConfig | None = None, overrides: str = "megatron", **fields) -> TransformerConfig:
     model, fields = model or ModelConfig(), SHAPE | {"activation_func": F.silu, "gated_linear_unit": True} | fields
@@ -28,6 +52,13 @@ def test_every_field_of_the_table_is_mcores_and_is_refused_with_its_reason(overr
     for name, reason in REFUSED.items():
         with pytest.raises(ValueError, match=re.escape(f"model.{overrides}.{name}: {reason}")):
             config(ModelConfig(**{overrides: {name: "something"}}), overrides)
+
+
+def test_every_field_of_mcore_is_taken_by_something_or_refused():
+    taken = [name for names in TAKEN.values() for name in names.split()]
+    assert len(taken) == len(set(taken))
+    assert not set(taken) & set(REFUSED)
+    assert set(FIELDS) == set(taken) | set(REFUSED)
 
 
 def test_every_size_of_the_layout_is_in_the_table():

@@ -103,9 +103,7 @@ class Dispatcher(MoEAlltoAllTokenDispatcher):
 
     @property
     def _is_local(self) -> bool:
-        c = self.config
-        dropless = c.moe_expert_capacity_factor is None and not c.moe_router_padding_for_quantization
-        return self.ep_size * self.tp_size == 1 and dropless and not c.moe_permute_fusion
+        return self.ep_size * self.tp_size == 1 and not self.config.moe_permute_fusion
 
     def dispatch_preprocess(self, hidden_states: Tensor, routing_map: Tensor, probs: Tensor) -> tuple[Tensor, Tensor]:
         """The chosen tokens [N, H] in order of expert, and their probs [N]; routing_map: [T, experts] bool."""

@@ -28,8 +28,12 @@ _GROUPS = {
     "the model's config.json decides": (
         "num_layers hidden_size ffn_hidden_size num_attention_heads num_query_groups kv_channels normalization "
         "add_bias_linear add_qkv_bias gated_linear_unit activation_func qk_layernorm mrope_section num_moe_experts "
-        "moe_ffn_hidden_size moe_router_topk moe_layer_freq multi_latent_attention mtp_num_layers is_hybrid_model "
-        "heterogeneous_block_specs softmax_scale"
+        "moe_ffn_hidden_size moe_router_topk moe_router_pre_softmax moe_layer_freq multi_latent_attention "
+        "moe_router_score_function moe_router_topk_scaling_factor moe_router_num_groups moe_router_group_topk "
+        "moe_router_topk_limited_devices moe_router_enable_expert_bias moe_router_bias_update_rate "
+        "moe_shared_expert_intermediate_size moe_shared_expert_gate moe_shared_expert_overlap layernorm_epsilon "
+        "glu_linear_offset activation_func_clamp_value mtp_loss_scaling_factor mtp_standalone "
+        "mtp_num_layers is_hybrid_model heterogeneous_block_specs softmax_scale"
     ),
     "say it with model.dtype": "params_dtype pipeline_dtype autocast_dtype bf16 fp16 enable_autocast",
     "say it with model.recompute and model.recompute_modules": (
@@ -45,7 +49,28 @@ _GROUPS = {
         "finalize_model_grads_func no_sync_func grad_sync_func param_sync_func grad_scale_func timers "
         "expert_tensor_parallel_size"
     ),
-    "dropout would train another policy than the one that is scored and sampled": "hidden_dropout attention_dropout",
+    "it would train another policy than the one that is scored and sampled": (
+        "hidden_dropout attention_dropout moe_input_jitter_eps moe_expert_capacity_factor "
+        "moe_pad_expert_input_to_capacity moe_token_drop_policy moe_token_dropping moe_router_force_load_balancing "
+        "moe_enable_routing_replay"
+    ),
+    "no layer of these models is of that kind": (
+        "dsa_indexer_n_heads dsa_indexer_head_dim dsa_indexer_topk dsa_indexer_loss_coeff dsa_indexer_use_sparse_loss "
+        "linear_conv_kernel_dim linear_key_head_dim linear_value_head_dim linear_num_key_heads linear_num_value_heads "
+        "mamba_state_dim mamba_head_dim mamba_num_groups mamba_num_heads use_mamba_mem_eff_path "
+        "use_fused_weighted_squared_relu hetereogenous_dist_checkpoint"
+    ),
+    "rollouts are the engine's": (
+        "inference_rng_tracker inference_sampling_seed use_inference_optimized_layers inference_fuse_tp_communication "
+        "symmetric_ar_type mlp_chunks_for_prefill"
+    ),
+    "losses are made of hidden states by kernels/logprob.py": "cross_entropy_loss_fusion cross_entropy_fusion_impl",
+    "nothing reads it": (
+        "moe_extended_tp async_tensor_model_parallel_allreduce moe_per_layer_logging test_mode "
+        "pipeline_model_parallel_comm_backend disable_bf16_reduced_precision_matmul use_te_rng_tracker "
+        "init_model_with_meta_device clone_scatter_output_in_embedding config_logger_dir _cpu_offloading_context "
+        "batch_invariant_mode barrier_with_L1_time"
+    ),
     "no layer here computes in fewer bits than model.dtype": (
         "fp8 fp8_recipe fp8_param fp8_quantizer_factory fp8_margin fp8_interval fp8_amax_history_len "
         "fp8_amax_compute_algo fp8_wgrad fp8_dot_product_attention fp8_multi_head_attention tp_only_amax_red "
@@ -70,7 +95,8 @@ _GROUPS = {
     "the attention of packed sequences does not read it": (
         "window_size window_attn_skip_freq softmax_type apply_query_key_layer_scaling qk_l2_norm qk_clip "
         "qk_clip_alpha qk_clip_threshold log_max_attention_logit attention_output_gate no_rope_freq "
-        "masked_softmax_fusion experimental_attention_variant linear_attention_freq rotary_interleaved flash_decode "
+        "attention_softmax_in_fp32 fused_single_qkv_rope masked_softmax_fusion experimental_attention_variant "
+        "linear_attention_freq rotary_interleaved flash_decode "
         "hybrid_context_parallel hierarchical_context_parallel_sizes max_seqlen_per_dp_cp_rank"
     ),
     "the norms do not read it": (
