@@ -214,8 +214,9 @@ class EngineActor:
         }
 
     async def progress(self) -> Progress:
-        """How far the engine is; it answers between two forward passes."""
-        return Progress((await self._state())["forward_passes"] + self._num_decoded, self._paused)
+        """How far the engine is; it answers between two forward passes, and at once while it is paused."""
+        passes = 0 if self._paused else (await self._state())["forward_passes"]
+        return Progress(passes + self._num_decoded, self._paused)
 
     async def _state(self) -> dict[str, Any]:
         return (await self._watched(self._manager.get_internal_state()))[0]

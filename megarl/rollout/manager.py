@@ -234,11 +234,14 @@ class RolloutManager:
         Raises ``EngineError`` when ``rollout.max_restarts`` are spent.
         """
         with self._lock:
-            while cause:
-                ray.kill(self.engines[index])
-                self._count_restart(index, cause)
-                cause = self._start_another(index)
+            self._restart(index, cause)
             self._lost.pop(index, None)
+
+    def _restart(self, index: int, cause: str) -> None:
+        while cause:
+            ray.kill(self.engines[index])
+            self._count_restart(index, cause)
+            cause = self._start_another(index)
 
     def _count_restart(self, index: int, cause: str) -> None:
         limit, window_s = self._config.rollout.max_restarts, self._config.rollout.restart_window_s

@@ -188,8 +188,12 @@ def test_responses_go_on_with_new_weights(pool, models, processor):
     for version in range(101, 105):
         ray.wait([call], timeout=0.2)
         ray.get(pool.engine.pause.remote())
+        assert ray.get(pool.engine.progress.remote()).paused
         push_shared(pool.engine, named[version % 2], version)
         ray.get(pool.engine.resume.remote())
+        progress = ray.get(pool.engine.progress.remote())
+        assert not progress.paused
+        assert progress.steps > 0
     references = [HuggingFace(model, processor) for model in models]
     seen = set()
     for response in ray.get(call):
