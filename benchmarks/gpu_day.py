@@ -169,7 +169,7 @@ def _decoder(scale: Scale, shape: str) -> Any:
 
     import megarl.parallel  # noqa: F401  before megatron
     from megarl.config import ModelConfig, ParallelConfig
-    from megarl.models.family import build_stage
+    from megarl.models.stage import build_stage
     from megarl.parallel import groups
 
     store = tempfile.mkdtemp()

@@ -39,7 +39,7 @@ COLUMNS = {  # of README's table: what a layout must have for its figures to cou
 def measure(seed: int, families: list[str], layouts: list[str]) -> dict[str, Any]:
     """``{family: {layout: {"logits", "gradients"} or {"refused"}}}``, printed as it comes."""
     sys.path.insert(0, str(ROOT))
-    from megarl.models.family import family_of  # heavy: README's table needs none of them
+    from megarl.families import family_of  # heavy: README's table needs none of them
     from tests.distributed import Pool
     from tests.models.families import FAMILIES
     from tests.models.parity import ALL_LAYOUTS, MICROBATCHES, differences, joined, logit_differences, run

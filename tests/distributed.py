@@ -26,7 +26,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 # Imported once, in the process that the ranks are forked from.
-PRELOAD = ["megarl.parallel.groups", "megarl.models.family", "megarl.checkpoint.huggingface", "megarl.kernels.logprob"]
+PRELOAD = ["megarl.parallel.groups", "megarl.families", "megarl.checkpoint.huggingface", "megarl.kernels.logprob"]
 START_S = 300.0  # for a rank to be ready, imports included
 MAX_THREADS = 1200  # of a rank: groups of earlier cases that something still refers to keep theirs
 GRACE_S = 3.0  # for the other ranks to fail or finish once one has failed

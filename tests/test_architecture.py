@@ -14,6 +14,7 @@ ROOT = Path(__file__).resolve().parents[1] / "megarl"
 LAYERS = [
     ["types", "registry", "aliases", "utils"],
     ["config"],
+    ["families"],
     ["experiment"],
     ["observability", "parallel"],
     ["kernels"],
@@ -43,6 +44,7 @@ FORBIDDEN_IN = {
     "algorithms": {"ray", "sglang", "megatron", "transformers"},
     "config": {"torch", "ray", "sglang", "megatron", "transformers", "PIL", "pandas", "pyarrow"},
     "experiment": {"torch", "ray", "sglang", "megatron", "transformers", "PIL", "pandas", "pyarrow"},
+    "families": {"ray", "sglang", "megatron", "PIL", "pandas", "pyarrow"},
     "types": {"torch", "ray", "sglang", "megatron", "transformers", "PIL", "pandas", "pyarrow"},
     "registry": {"torch", "ray", "sglang", "megatron", "transformers", "PIL", "pandas", "pyarrow"},
     "rewards": {"ray", "sglang", "megatron"},
@@ -139,6 +141,7 @@ def test_a_part_does_without_heavy_packages(part):
 
 
 def test_configuration_needs_no_heavy_package():
-    code = "import sys, megarl.config, megarl.types, megarl.registry; print(*{n.split('.')[0] for n in sys.modules})"
+    modules = "megarl.config, megarl.families, megarl.types, megarl.registry"
+    code = f"import sys, {modules}; print(*{{n.split('.')[0] for n in sys.modules}})"
     loaded = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True).stdout.split()
     assert not set(loaded) & set(HEAVY)

@@ -22,7 +22,15 @@ from torch import Tensor
 from megarl.checkpoint import megatron
 from megarl.checkpoint.adapters import described, load_peft, merged_tensors, read_peft, write_peft
 from megarl.checkpoint.belonging import frozen_digests, other_weights
-from megarl.checkpoint.huggingface import CheckpointError, HFReader, check_load, load_hf, read_config, write_hf
+from megarl.checkpoint.huggingface import (
+    CheckpointError,
+    HFReader,
+    check_load,
+    duplicate_of,
+    load_hf,
+    read_config,
+    write_hf,
+)
 from megarl.checkpoint.manifest import Manifest, read_manifest
 from megarl.checkpoint.parity import MAX_LOGITS_PARAMETERS, compare_logits, compare_tensors, write_parity
 from megarl.checkpoint.progress import counted, progress
@@ -30,8 +38,8 @@ from megarl.checkpoint.staging import require_empty, staged
 from megarl.checkpoint.streaming import CheckpointReader, parameter_source
 from megarl.config import ModelConfig, ParallelConfig, RunConfig
 from megarl.experiment import apply_overrides, load_experiment
+from megarl.families import family_of
 from megarl.models.common.lora import attach
-from megarl.models.family import family_of
 from megarl.models.mapping import Mapping
 from megarl.parallel import groups
 
@@ -100,7 +108,7 @@ def hf_to_megatron(
     family.validate(hf, config.parallel)
     with single_process():
         model, mappings = whole_model(hf_dir, config.model, "meta")
-        check_load(reader, mappings, model, tied=hf.tie_word_embeddings)
+        check_load(reader, mappings, model, duplicate=duplicate_of(hf))
         with staged(out_dir, _num_bytes(model)) as directory:
             with progress(_num_bytes(model), f"writing {out_dir}") as bar:
                 tensors = parameter_source(model, mappings, reader, bar.update)

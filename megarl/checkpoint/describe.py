@@ -15,13 +15,13 @@ from torch.distributed.checkpoint.metadata import BytesStorageMetadata
 from transformers import PretrainedConfig
 
 from megarl.checkpoint import megatron
-from megarl.checkpoint.huggingface import HFReader, check_keys, read_config
+from megarl.checkpoint.huggingface import HFReader, check_keys, duplicate_of, read_config
 from megarl.checkpoint.manifest import MANIFEST_FILE, read_manifest
 from megarl.checkpoint.parity import PARITY_FILE
 from megarl.checkpoint.parts import OPTIMIZER_PREFIX, is_weight
 from megarl.config import ParallelConfig
+from megarl.families import FAMILIES
 from megarl.models.common.language import longest_sequence
-from megarl.models.family import FAMILIES
 
 _UNITS = ((1e9, "G"), (1e6, "M"), (1e3, "k"), (1.0, ""))
 
@@ -95,7 +95,7 @@ def _conversion(hf: PretrainedConfig, reader: HFReader) -> str:
     family = FAMILIES.get((hf.architectures or [""])[0])
     if family is None:
         return f"no: the architecture is not one of {', '.join(FAMILIES)}"
-    problems = check_keys(reader, family.mappings(hf), tied=hf.tie_word_embeddings)
+    problems = check_keys(reader, family.mappings(hf), duplicate=duplicate_of(hf))
     return f"no: {'; '.join(problems)}" if problems else f"every tensor is known to the family {family.name}"
 
 

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from transformers import AutoConfig, PretrainedConfig
 
 from megarl.checkpoint.shards import DTYPES, ShardWriter
-from megarl.models.family import FAMILIES, Family
+from megarl.families import FAMILIES, Family, family_of
 from megarl.models.mapping import Mapping
 from megarl.parallel.groups import shard_group
 
@@ -73,7 +73,8 @@ def read_config(directory: str | Path) -> PretrainedConfig:
     if not (directory / "config.json").is_file():
         raise CheckpointError(f"{directory}: not a Hugging Face model directory: it has no config.json")
     try:
-        return AutoConfig.from_pretrained(directory, trust_remote_code=False)
+        family = _family(directory)[1]
+        return AutoConfig.from_pretrained(directory) if family is None else family.read_config(str(directory))
     except Exception as error:  # transformers raises whatever a wrong value makes its classes raise
         raise CheckpointError(f"{directory}/config.json: {' '.join(str(error).split())}") from error
 
@@ -91,6 +92,8 @@ class HFReader:
         if not self.directory.is_dir():
             raise CheckpointError(f"{self.directory}: no such directory")
         self.files, canonical_name = {}, canonical_names(self.directory)
+        family = _family(self.directory)[1]
+        self._weights = self.directory / (family.weights_folder if family is not None else "")
         self._canonical_tensor = canonical_tensors(self.directory)
         for name, path in self._names().items():
             canonical = canonical_name(name)
@@ -100,11 +103,11 @@ class HFReader:
 
     def _names(self) -> dict[str, Path]:
         """Every tensor's name in the files; the index's promises are checked against the files."""
-        index = self.directory / INDEX_FILE
+        index = self._weights / INDEX_FILE
         if not index.is_file():
-            paths = sorted(self.directory.glob("*.safetensors"))
+            paths = sorted(self._weights.glob("*.safetensors"))
             if not paths:
-                raise CheckpointError(f"{self.directory}: no .safetensors file (pickled weights are not read)")
+                raise CheckpointError(f"{self._weights}: no .safetensors file (pickled weights are not read)")
             return self._files_of(paths, {})
         try:
             weight_map: dict[str, str] = dict(json.loads(index.read_text())["weight_map"])
@@ -112,12 +115,12 @@ class HFReader:
             raise CheckpointError(f"{index}: not an index of tensors' files: {error}") from error
         if not all(isinstance(file, str) for file in weight_map.values()):
             raise CheckpointError(f"{index}: not an index of tensors' files: weight_map has values that are no names")
-        lost = sorted({file for file in weight_map.values() if not (self.directory / file).is_file()})
+        lost = sorted({file for file in weight_map.values() if not (self._weights / file).is_file()})
         if lost:
             keys = [name for name, file in weight_map.items() if file in lost]
             raise CheckpointError(f"{self.directory}: missing files {listed(lost)} with the keys {listed(keys)}")
-        paths = [self.directory / file for file in sorted(set(weight_map.values()))]
-        names = self._files_of(paths, {name: self.directory / file for name, file in weight_map.items()})
+        paths = [self._weights / file for file in sorted(set(weight_map.values()))]
+        names = self._files_of(paths, {name: self._weights / file for name, file in weight_map.items()})
         absent = sorted(set(weight_map) - set(names))
         if absent:
             raise CheckpointError(f"{self.directory}: {INDEX_FILE} promises keys that no file holds: {listed(absent)}")
@@ -185,21 +188,24 @@ class HFReader:
         return {self.meta(name).dtype for name in self.files}
 
 
-def tied_output(mappings: list[Mapping]) -> str:
-    """What a file calls an output matrix that is the embedding; the table does not know it."""
-    embedding = next(mapping.hf[0] for mapping in mappings if "word_embeddings" in mapping.megatron)
-    return embedding.removesuffix("model.embed_tokens.weight") + "lm_head.weight"
+def duplicate_of(hf_config: PretrainedConfig) -> str | None:
+    """What files may call an output matrix that is the embedding; None where the configuration does not tie them."""
+    return family_of(hf_config).output_matrix if hf_config.tie_word_embeddings else None
 
 
-def check_keys(reader: HFReader, mappings: list[Mapping], *, tied: bool) -> list[str]:
+def embedding_of(mappings: list[Mapping]) -> str:
+    """What files call the matrix of word embeddings."""
+    return next(mapping.hf[0] for mapping in mappings if "word_embeddings" in mapping.megatron)
+
+
+def check_keys(reader: HFReader, mappings: list[Mapping], *, duplicate: str | None) -> list[str]:
     """Problems of a directory's key set against the mapping table: one line each for missing and unknown keys.
 
-    Buffers that the configuration determines are no problem; nor is, where ``tied`` says that the configuration ties
-    the output layer to the embedding, a stored duplicate of it.
+    Buffers that the configuration determines are no problem; nor is ``duplicate_of`` the model.
     """
     expected = {name for mapping in mappings for name in mapping.hf}
     optional = {name for mapping in mappings for name in mapping.optional}
-    allowed = expected | ({tied_output(mappings)} if tied else set())
+    allowed = expected | {duplicate}
     missing = sorted(name for name in expected - optional if name not in reader)
     unknown = sorted(name for name in reader.keys() if name not in allowed and not DERIVED.fullmatch(name))  # noqa: SIM118
     problems = [f"missing keys: {listed(missing)}"] if missing else []
@@ -210,10 +216,9 @@ def _first_rank() -> bool:
     return not dist.is_initialized() or dist.get_rank() == 0
 
 
-def _tie_problem(reader: HFReader, mappings: list[Mapping]) -> list[str]:
+def _tie_problem(reader: HFReader, mappings: list[Mapping], output: str) -> list[str]:
     """A stored output layer that is not the embedding: transformers would use it, and a tied model cannot hold it."""
-    output = tied_output(mappings)
-    embedding = output.removesuffix("lm_head.weight") + "model.embed_tokens.weight"
+    embedding = embedding_of(mappings)
     if output not in reader or embedding not in reader or torch.equal(reader[output], reader[embedding]):
         return []
     return [f"{output} is not {embedding}, and config.json ties them: set tie_word_embeddings to false there"]
@@ -245,14 +250,14 @@ def _shape_problem(mapping: Mapping, reader: HFReader, parameter: nn.Parameter) 
     return f"wrong shape: {stored} gives {list(shape)}, {mapping.megatron} has {list(parameter.shape)} on a rank"
 
 
-def check_load(reader: HFReader, mappings: list[Mapping], model: nn.Module, *, tied: bool) -> None:
+def check_load(reader: HFReader, mappings: list[Mapping], model: nn.Module, *, duplicate: str | None) -> None:
     """Raise on every rank one ``CheckpointError`` that lists what is wrong on any; every rank of the world calls it.
 
     Reads file headers only. Wrong are keys that are missing or unknown, shapes, and parameters without a mapping.
     """
-    problems = check_keys(reader, mappings, tied=tied)
-    if tied and _first_rank():
-        problems += _tie_problem(reader, mappings)
+    problems = check_keys(reader, mappings, duplicate=duplicate)
+    if duplicate and _first_rank():
+        problems += _tie_problem(reader, mappings, duplicate)
     local, known = parameters_of(model, model.global_name), {mapping.megatron for mapping in mappings}
     problems += [f"{name}: the mapping table has no such parameter" for name in sorted(set(local) - known)]
     if not problems:
@@ -282,7 +287,7 @@ def load_hf(model: nn.Module, mappings: list[Mapping], directory: str | Path) ->
     ``reload_model_params()``, or its float32 copies keep the old values.
     """
     reader = HFReader(Path(directory))
-    check_load(reader, mappings, model, tied=read_config(directory).tie_word_embeddings)
+    check_load(reader, mappings, model, duplicate=duplicate_of(read_config(directory)))
     local = parameters_of(model, model.global_name)
     for mapping in mappings:
         if mapping.megatron in local:

@@ -14,8 +14,8 @@ import torch
 from megatron.core.transformer.module import MegatronModule
 from torch import Tensor
 
-from megarl.checkpoint.huggingface import DERIVED, HFReader, read_config, tied_output
-from megarl.models.family import family_of
+from megarl.checkpoint.huggingface import DERIVED, HFReader, embedding_of, read_config
+from megarl.families import family_of
 from megarl.models.mapping import Mapping
 from megarl.utils import torchvision_cpu
 
@@ -63,8 +63,7 @@ def compare_tensors(tensors: Iterable[tuple[str, Tensor]], mappings: list[Mappin
             "sha256_round_trip": sha256(tensor.to(stored.dtype)),
         }
     expected = {name for mapping in mappings for name in mapping.hf} - {n for m in mappings for n in m.optional}
-    embedding = next((mapping.hf[0] for mapping in mappings if "word_embeddings" in mapping.megatron), None)
-    duplicates, output = {}, tied_output(mappings)
+    duplicates, output, embedding = {}, family_of(read_config(reader.directory)).output_matrix, embedding_of(mappings)
     if output in reader and output not in compared and embedding in reader:
         duplicates[output] = {"of": embedding, "equal": torch.equal(reader[output], reader[embedding])}
     derived = sorted(name for name in reader.keys() if DERIVED.fullmatch(name))  # noqa: SIM118

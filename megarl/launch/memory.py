@@ -14,6 +14,8 @@ from typing import Any
 from transformers import PretrainedConfig
 
 from megarl.config import RunConfig
+from megarl.families import family_of
+from megarl.families.sizes import Block, VisionSizes
 
 MIB = 1 << 20
 USABLE = 0.9  # of a GPU's memory: the caching allocator's fragments need the rest
@@ -34,37 +36,6 @@ _MOVED = {
     "optimizer": "optimizer",
     "reference": "reference",
 }
-
-
-@dataclass(frozen=True)
-class Block:
-    """Layers of one width."""
-
-    layers: int
-    hidden: int
-    query: int  # heads x head size
-    key: int  # groups x head size
-    ffn: int  # of the dense layers
-    gated: bool
-    sparse: int = 0  # how many of the layers have experts
-    experts: int = 0  # of such a layer
-    expert_ffn: int = 0
-    chosen: int = 0  # experts of a token
-
-    @property
-    def attention(self) -> int:
-        """Parameters of a layer's attention."""
-        return self.hidden * (2 * self.query + 2 * self.key)
-
-    @property
-    def mlp(self) -> int:
-        """Parameters of a dense layer's MLP."""
-        return self.hidden * self.ffn * (3 if self.gated else 2)
-
-    @property
-    def expert(self) -> int:
-        """Parameters of one expert."""
-        return 3 * self.hidden * self.expert_ffn
 
 
 @dataclass(frozen=True)
@@ -99,11 +70,7 @@ class Sizes:
     decoder: Block
     vocabulary: int
     tied: bool
-    vision: Block | None = None
-    patches_per_token: float = 0.0  # at most
-    patch: int = 0  # numbers of one
-    other_vision: int = 0  # parameters of the tower outside its layers
-    projector: int = 0  # parameters
+    vision: VisionSizes | None = None
 
 
 def sizes(hf_config: PretrainedConfig) -> Sizes:
@@ -127,53 +94,9 @@ def sizes(hf_config: PretrainedConfig) -> Sizes:
         expert_ffn=text.moe_intermediate_size if experts else 0,
         chosen=text.num_experts_per_tok if experts else 0,
     )
-    result = Sizes(decoder, text.vocab_size, bool(hf_config.tie_word_embeddings))
-    if hf_config.model_type.startswith("qwen") and hasattr(hf_config, "vision_config"):
-        return replace(result, **_qwen_vision(hf_config, text.hidden_size))
-    if hf_config.model_type.startswith("llava"):
-        return replace(result, **_llava_vision(hf_config, text.hidden_size))
-    return result
-
-
-def _qwen_vision(hf_config: PretrainedConfig, hidden: int) -> dict[str, Any]:
-    vision = hf_config.vision_config
-    first = hf_config.model_type == "qwen2_vl"
-    width = vision.embed_dim if first else vision.hidden_size
-    merge = vision.spatial_merge_size**2
-    mergers = 1 + len(getattr(vision, "deepstack_visual_indexes", None) or [])
-    patch = vision.in_channels * vision.temporal_patch_size * vision.patch_size**2
-    return {
-        "vision": Block(
-            layers=vision.depth,
-            hidden=width,
-            query=width,
-            key=width,
-            ffn=int(width * vision.mlp_ratio) if first else vision.intermediate_size,
-            gated=hf_config.model_type == "qwen2_5_vl",
-        ),
-        "patches_per_token": merge,
-        "patch": patch,
-        "other_vision": width * (patch + (getattr(vision, "num_position_embeddings", None) or 0)),
-        "projector": mergers * (width * merge) * (width * merge + hidden),
-    }
-
-
-def _llava_vision(hf_config: PretrainedConfig, hidden: int) -> dict[str, Any]:
-    vision = hf_config.vision_config
-    taken = hf_config.vision_feature_layer
-    taken = [taken] if isinstance(taken, int) else list(taken)
-    layers = max(layer if layer >= 0 else vision.num_hidden_layers + 1 + layer for layer in taken)
-    width = vision.hidden_size
-    ffn = getattr(vision, "intermediate_size", None) or int(width * vision.mlp_ratio)
-    side, patch = vision.image_size // vision.patch_size, vision.num_channels * vision.patch_size**2
-    return {
-        "vision": Block(layers=layers, hidden=width, query=width, key=width, ffn=ffn, gated=False),
-        # tiles of a frame or of a large image are pooled to fewer tokens in OneVision
-        "patches_per_token": 4 if hf_config.model_type == "llava_onevision" else 1,
-        "patch": patch,
-        "other_vision": width * (patch + side**2),
-        "projector": hidden * (width * len(taken) + hidden),
-    }
+    vision_sizes = family_of(hf_config).vision_sizes
+    vision = None if vision_sizes is None else vision_sizes(hf_config)
+    return Sizes(decoder, text.vocab_size, bool(hf_config.tie_word_embeddings), vision)
 
 
 @dataclass
@@ -241,8 +164,8 @@ def _parameters(config: RunConfig, model: Sizes, stage: int) -> dict[str, tuple[
     experts = sparse * decoder.experts * decoder.expert // parallel.expert_model_parallel_size
     parts = {"decoder": (dense // tensor, experts)}
     if first and vision is not None:
-        tower = vision.layers * (vision.attention + vision.mlp) // tensor + model.other_vision
-        parts |= {"vision_tower": (tower, 0), "projector": (model.projector // tensor, 0)}
+        tower = vision.in_layers // tensor + vision.other
+        parts |= {"vision_tower": (tower, 0), "projector": (vision.projector // tensor, 0)}
     return parts
 
 
@@ -294,7 +217,7 @@ def _adapters(config: RunConfig, model: Sizes, stage: int) -> int:
 
     vision = model.vision if stage == 0 and "vision_tower" in parts else None
     decoder = of(model.decoder, _layers(config, model, stage)) if "decoder" in parts else 0
-    return decoder + (of(vision, vision.layers) if vision is not None else 0)
+    return decoder + (of(vision.layers, vision.layers.layers) if vision is not None else 0)
 
 
 def _passing(config: RunConfig, model: Sizes, stage: int) -> dict[str, int]:
@@ -317,17 +240,18 @@ def _passing(config: RunConfig, model: Sizes, stage: int) -> dict[str, int]:
         head += 2 * min(HEAD_BYTES, 4 * HEAD_ROWS * shard)
     if stage == 0 and vision is not None:
         patches = _patches(config, model)
-        picture = _activations(config, vision, config.model.vision_megatron, patches, rows=patches)
+        tower = vision.layers
+        picture = _activations(config, tower, config.model.vision_megatron, patches, rows=patches)
         frozen = {"vision_tower"} <= set(config.model.freeze) or (
             config.model.lora.rank > 0 and not {"vision_tower", "projector"} & set(config.model.lora.parts)
         )
         if not frozen:
-            result["activations, vision"] = _flights(config) * width * picture.kept(how, modules) * vision.layers
+            result["activations, vision"] = _flights(config) * width * picture.kept(how, modules) * tower.layers
             # the projector's input, with its norm's, and what stands between its layers
-            result["activations, vision"] += _flights(config) * width * 4 * patches * vision.hidden
+            result["activations, vision"] += _flights(config) * width * 4 * patches * tower.hidden
         moments.append(picture.kept("none", []) if frozen else picture.passing(how, modules))
         # in the tower's dtype, for its gradient; the bytes they are made of are gone before the first layer
-        result["pixels"] = (1 if frozen else _flights(config)) * width * patches * model.patch
+        result["pixels"] = (1 if frozen else _flights(config)) * width * patches * vision.patch
     result["largest moment"] = max(head, width * max(moments))
     return result
 
@@ -350,7 +274,7 @@ def _layers_in_flight(config: RunConfig, model: Sizes, stage: int) -> int:
 
 def _patches(config: RunConfig, model: Sizes) -> int:
     """Patches that a rank may have to encode for a microbatch: one of prompts that are all image."""
-    room = round(config.trainer.max_tokens_per_microbatch * model.patches_per_token)
+    room = round(config.trainer.max_tokens_per_microbatch * model.vision.patches_per_token)
     return min(room, config.trainer.max_patches_per_microbatch)
 
 
@@ -382,7 +306,7 @@ def engine_weights(config: RunConfig, model: Sizes) -> int:
     dense += decoder.sparse * decoder.experts * decoder.expert
     dense += model.vocabulary * decoder.hidden * (1 if model.tied else 2)
     if vision is not None:
-        dense += vision.layers * (vision.attention + vision.mlp) + model.other_vision + model.projector
+        dense += vision.in_layers + vision.other + vision.projector
     return _engine_width(config) * dense // config.rollout.tensor_parallel_size
 
 

@@ -7,7 +7,6 @@ from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
-from transformers import PretrainedConfig
 
 from megarl.models.common.vision import VisionInputs
 
@@ -28,9 +27,3 @@ def probe_words(vocab_size: int, special: tuple[int, ...] = ()) -> Tensor:
     """[NUM_WORDS] int64: the same ids for every model of a vocabulary, below those in ``special``."""
     generator = torch.Generator().manual_seed(0)
     return torch.randint(3, min([*special, vocab_size]), (NUM_WORDS,), generator=generator)
-
-
-def text_probe(hf: PretrainedConfig) -> Probe:
-    """Words alone."""
-    tokens = probe_words(hf.vocab_size)
-    return Probe(tokens, lambda reference: torch.arange(len(tokens))[None])

@@ -24,16 +24,11 @@ import torch
 
 from megarl.config import RunConfig
 from megarl.data.processors import load_processor
+from megarl.families import FAMILIES
 from megarl.types import FinishReason, Media
 from megarl.utils.errors import EngineRefused
 from megarl.weight_sync.shared import share_bucket
 
-_EXTERNAL_PROCESSORS = (  # architectures whose prompts rollout.external_processors takes
-    "LlavaForConditionalGeneration",
-    "LlavaNextForConditionalGeneration",
-    "LlavaOnevisionForConditionalGeneration",
-)
-_EXTERNAL_MODELS = (*_EXTERNAL_PROCESSORS, "Qwen2_5_VLForConditionalGeneration")  # of rollout.external_models
 _ADAPTER = "policy"  # what SGLang calls it
 _MAX_DECODERS = 8  # threads that decode images
 _POLL_S = 0.2  # between looks at the engine's processes
@@ -108,13 +103,13 @@ def engine_environment(config: RunConfig, device: str) -> dict[str, str]:
     return environment
 
 
-def external_environment(architecture: str) -> dict[str, str]:
-    """Environment variables that make SGLang import ``architecture`` from here, set before SGLang is imported."""
-    environment = {}
-    if architecture in _EXTERNAL_MODELS:
+def external_environment(name: str) -> dict[str, str]:
+    """Environment variables that make SGLang import the architecture ``name`` from here, set before it is imported."""
+    architecture, environment = FAMILIES[name].architectures[name], {}
+    if architecture.engine_model:
         environment["SGLANG_EXTERNAL_MODEL_PACKAGE"] = "megarl.rollout.external_models"
-    if architecture in _EXTERNAL_PROCESSORS:
-        environment["SGLANG_EXTERNAL_MM_MODEL_ARCH"] = architecture
+    if architecture.engine_processor:
+        environment["SGLANG_EXTERNAL_MM_MODEL_ARCH"] = name
         environment["SGLANG_EXTERNAL_MM_PROCESSOR_PACKAGE"] = "megarl.rollout.external_processors"
     return environment
 

@@ -28,6 +28,7 @@ from sglang.srt.models.llama import Phi3ForCausalLM
 from sglang.srt.models.qwen3_moe import Qwen3MoeForCausalLM
 from torch import Tensor, nn
 
+from megarl.families import FAMILIES
 from megarl.utils.checksum import checksum_part, format_checksum
 
 
@@ -119,11 +120,6 @@ def _experts_apart(name: str, module: FusedMoE, parameter: Tensor) -> Iterator[H
             yield item if owner == module.moe_ep_rank else nothing
 
 
-# What SGLang calls the parts of a model whose checkpoint calls them otherwise, by class.
-_QWEN3_VL = {"visual.": "model.visual.", "model.": "model.language_model."}
-PREFIXES = {"Qwen3VLForConditionalGeneration": _QWEN3_VL, "Qwen3VLMoeForConditionalGeneration": _QWEN3_VL}
-
-
 def held_weights(model: nn.Module) -> Iterator[Held]:
     """What this rank holds of every weight of ``model``, under its checkpoint name.
 
@@ -167,7 +163,8 @@ def combined(held: list[Held], ranks: list[list[list[int]]]) -> dict[str, str]:
 
 def _published(model: nn.Module, held: Iterable[Held]) -> Iterator[Held]:
     """``held`` under their checkpoint names instead of SGLang's."""
-    prefixes = PREFIXES.get(type(model).__name__, {})
+    architecture = type(model).__name__
+    prefixes = FAMILIES[architecture].architectures[architecture].engine_prefixes if architecture in FAMILIES else {}
     for item in held:
         prefix = next((prefix for prefix in prefixes if item.name.startswith(prefix)), None)
         yield item if prefix is None else replace(item, name=prefixes[prefix] + item.name.removeprefix(prefix))

@@ -36,9 +36,9 @@ from megarl.data.packing import most_tokens
 from megarl.data.processors import Processor
 from megarl.data.source import Limit, PromptSource
 from megarl.experiment import to_yaml
+from megarl.families import family_of
 from megarl.models.common.language import longest_sequence
 from megarl.models.common.lora import check_targets, projections
-from megarl.models.family import family_of
 from megarl.observability.console import Console
 from megarl.observability.tracker import METRICS_FILE, Tracker
 from megarl.registry import load_object

@@ -9,10 +9,11 @@ import torch
 from megarl.checkpoint.adapters import load_peft
 from megarl.checkpoint.huggingface import load_hf, read_config
 from megarl.config import OptimizerConfig, RunConfig
+from megarl.families import family_of
 from megarl.models.common import lora
 from megarl.models.common.interleaved import chunks_of
-from megarl.models.family import build_stage, family_of
 from megarl.models.mapping import Mapping
+from megarl.models.stage import build_stage
 from megarl.parallel import mcore_cpu
 from megarl.workers.megatron_options import ddp_options, optimizer_options
 from megarl.workers.passes import Trained

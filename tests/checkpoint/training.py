@@ -19,10 +19,11 @@ from megatron.core.transformer.module import MegatronModule
 
 from megarl.checkpoint.huggingface import load_hf, read_config
 from megarl.config import ModelConfig, ParallelConfig, RunConfig
+from megarl.families import family_of
 from megarl.kernels.logprob import linear_logprob
 from megarl.models.common.interleaved import chunks_of
-from megarl.models.family import build_stage, family_of
 from megarl.models.mapping import Mapping
+from megarl.models.stage import build_stage
 from megarl.parallel import groups
 from megarl.parallel.pipeline import forward_backward
 from megarl.utils.checksum import tensor_checksum

@@ -276,6 +276,6 @@ def test_a_caller_cannot_change_cached_pixels(processor):
 
 
 def test_other_models_are_refused_by_name(tmp_path):
-    (tmp_path / "config.json").write_text(json.dumps({"model_type": "gpt2"}))
-    with pytest.raises(ValueError, match="no processor for model_type 'gpt2', only for qwen2_vl, qwen2_5_vl"):
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "gpt2", "architectures": ["GPT2LMHeadModel"]}))
+    with pytest.raises(ValueError, match=r"architectures=\['GPT2LMHeadModel'\] is not one of Qwen2VLForCond"):
         load_processor(tmp_path)

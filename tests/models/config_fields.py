@@ -13,8 +13,9 @@ from torch import Tensor
 from megarl.checkpoint.convert import single_process
 from megarl.checkpoint.huggingface import load_hf, read_config
 from megarl.config import ModelConfig, ParallelConfig
+from megarl.families import family_of
 from megarl.models.common.language import longest_sequence
-from megarl.models.family import build_stage, family_of
+from megarl.models.stage import build_stage
 from tests.models.families import FAMILIES
 from tests.models.published import LONGROPE
 from tests.models.reference import Reference, evaluate, pack, trained

@@ -6,8 +6,8 @@ import re
 from pathlib import Path
 
 from megarl.config import ParallelConfig
+from megarl.families import family_of
 from megarl.models.common.language import longest_sequence
-from megarl.models.family import family_of
 from tests.models.config_fields import MODELS, section
 from tests.models.published import PUBLISHED, published
 

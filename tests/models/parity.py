@@ -10,9 +10,10 @@ import torch
 from megarl.checkpoint.huggingface import load_hf, read_config
 from megarl.config import ModelConfig, ParallelConfig
 from megarl.data.packing import multiples
+from megarl.families import family_of
 from megarl.kernels.logprob import linear_logprob
 from megarl.models.common.interleaved import chunks_of
-from megarl.models.family import build_stage, family_of
+from megarl.models.stage import build_stage
 from megarl.parallel import groups
 from megarl.parallel.context import gathered_places
 from megarl.parallel.pipeline import forward_backward

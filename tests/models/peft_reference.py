@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from megarl.config import LoraConfig
-from megarl.models.family import family_of
+from megarl.families import family_of
 from tests.models.reference import Case, Reference, evaluate, trained
 
 ROOTS = {

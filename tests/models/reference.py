@@ -14,8 +14,8 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
+from megarl.families import family_of
 from megarl.models.common.vision import VisionInputs
-from megarl.models.family import family_of
 from megarl.parallel.context import local_positions
 from megarl.utils import torchvision_cpu
 

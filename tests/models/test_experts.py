@@ -11,8 +11,8 @@ from safetensors.torch import load_file
 
 from megarl.checkpoint.huggingface import HFReader, write_hf
 from megarl.config import ModelConfig, ParallelConfig
+from megarl.families import family_of
 from megarl.models.common.language import sparse_layers
-from megarl.models.family import family_of
 from tests.models.families import FAMILIES
 from tests.models.parity import assert_near, joined, run
 from tests.models.reference import reference
@@ -104,7 +104,7 @@ def test_what_cannot_be_done_says_why(changes, layout, message):
 def build_with(directory: str, fields: dict) -> str:
     """What building the model with ``model.megatron=fields`` says."""
     from megarl.checkpoint.huggingface import read_config
-    from megarl.models.family import build_stage
+    from megarl.models.stage import build_stage
     from megarl.parallel import groups
 
     groups.initialize(ParallelConfig(), seed=0)

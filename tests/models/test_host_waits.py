@@ -7,7 +7,7 @@ import torch
 
 from megarl.checkpoint.huggingface import read_config
 from megarl.config import ModelConfig, ParallelConfig
-from megarl.models.family import build_stage
+from megarl.models.stage import build_stage
 from megarl.parallel import groups
 from tests.models.families import FAMILIES
 from tests.models.reference import Batch, Reference, pack

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from megarl.config import ModelConfig, ParallelConfig
-from megarl.models.family import family_of
+from megarl.families import family_of
 from megarl.models.llava.mapping import canonical_name, mappings
 from megarl.models.llava.towers import carried_shapes
 from tests.models.llava import Llava, LlavaNext, LlavaOnevision

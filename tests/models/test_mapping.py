@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from megarl.models.family import family_of
+from megarl.families import family_of
 from megarl.models.mapping import (
     QKV,
     Flattened,

@@ -10,8 +10,8 @@ import pytest
 import torch
 
 from megarl.config import ModelConfig, ParallelConfig
+from megarl.families import family_of
 from megarl.models.common.vision import VisionInputs, interpolated_positions
-from megarl.models.family import family_of
 from tests.models.families import FAMILIES
 from tests.models.parity import LAYOUTS, MICROBATCHES, assert_near, check_logits, joined, packed, run, train
 from tests.models.reference import pack, reference

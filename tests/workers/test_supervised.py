@@ -84,7 +84,7 @@ def expected(model):
     from transformers import AutoModelForImageTextToText
 
     from megarl.data.processors import load_processor
-    from megarl.models.family import family_of
+    from megarl.families import family_of
 
     processor = load_processor(model)
     reference = AutoModelForImageTextToText.from_pretrained(model, dtype=torch.float32)

@@ -16,7 +16,7 @@ LENGTHS, ACTIONS, PATCHES = [9, 15], 7, 24
 
 def counted(directory: str, layout: dict) -> float:
     from megarl.models.common.interleaved import chunks_of
-    from megarl.models.family import build_stage
+    from megarl.models.stage import build_stage
     from megarl.parallel import groups
     from megarl.workers.utilisation import microbatch_flops
 

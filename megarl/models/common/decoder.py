@@ -14,8 +14,8 @@ from megatron.core.transformer.transformer_layer import TransformerLayer
 from torch import Tensor
 from transformers import PretrainedConfig
 
+from megarl.families import traits_of
 from megarl.models.common.experts import dispatch_locally
-from megarl.models.common.language import TRAITS
 from megarl.models.common.rotary import Rotary
 from megarl.models.mapping import padded_vocab_size
 
@@ -87,7 +87,7 @@ class Decoder(GPTModel):
             scatter_embedding_sequence_parallel=False,
             vp_stage=vp_stage,
         )
-        self.rotary_pos_emb = Rotary(text, config.kv_channels, partial=TRAITS[text.model_type].partial_rotary)
+        self.rotary_pos_emb = Rotary(text, config.kv_channels, partial=traits_of(text).partial_rotary)
         _scale_rotation(config, self.rotary_pos_emb.attention_scaling)
 
     def _postprocess(self, hidden_states: Tensor, **_: Any) -> Tensor:

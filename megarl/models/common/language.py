@@ -7,7 +7,6 @@ cut their matrices; everything else is a number in ``config.json``.
 from __future__ import annotations
 
 from collections.abc import Mapping as Rows
-from dataclasses import dataclass
 from typing import Any
 
 import torch.nn.functional as F
@@ -15,36 +14,10 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from transformers import PretrainedConfig
 
 from megarl.config import ModelConfig, ParallelConfig
+from megarl.families import traits_of
 from megarl.models.common.rotary import rotary_frequencies
 from megarl.models.common.transformer_config import transformer_config
 from megarl.models.mapping import QKV, ExpertMatrices, FusedGatedMLP, FusedQKV, GatedMLP, Mapping, Vocab
-
-
-@dataclass(frozen=True)
-class Traits:
-    """What ``model_type`` says and no number does."""
-
-    qkv_bias: bool = False
-    qk_norm: bool = False  # RMSNorm of each query and key head
-    experts: bool = False  # in the place of the MLP of some layers; ``sparse_layers``
-    expert_files: bool = False  # the files hold every expert's matrices by themselves
-    reads_norm_topk_prob: bool = False  # else the chosen experts' probabilities sum to one whatever it says
-    fused: bool = False  # the files hold queries, keys and values as one matrix, and gate and up as another
-    partial_rotary: bool = False  # ``partial_rotary_factor`` is read: the first channels of a head are turned
-
-
-TRAITS = {
-    "llama": Traits(),
-    "mistral": Traits(),
-    "phi3": Traits(fused=True, partial_rotary=True),
-    "qwen2": Traits(qkv_bias=True),
-    "qwen2_vl_text": Traits(qkv_bias=True),
-    "qwen2_5_vl_text": Traits(qkv_bias=True),
-    "qwen3": Traits(qk_norm=True),
-    "qwen3_moe": Traits(qk_norm=True, experts=True, expert_files=True, reads_norm_topk_prob=True),
-    "qwen3_vl_text": Traits(qk_norm=True),
-    "qwen3_vl_moe_text": Traits(qk_norm=True, experts=True),
-}
 
 
 def check_divisible(values: Rows[str, int], key: str, size: int) -> None:
@@ -56,8 +29,7 @@ def check_divisible(values: Rows[str, int], key: str, size: int) -> None:
 
 def validate_language(text: PretrainedConfig, parallel: ParallelConfig) -> None:
     """Raise ``ValueError`` that names the key when the layout cannot divide the decoder or a feature is unknown."""
-    if text.model_type not in TRAITS:
-        raise ValueError(f"model_type={text.model_type!r} of the language model is not one of {', '.join(TRAITS)}")
+    traits = traits_of(text)
     sparse = sparse_layers(text)
     _validate_heads(text, parallel.tensor_model_parallel_size)
     if not all(sparse):
@@ -79,7 +51,7 @@ def validate_language(text: PretrainedConfig, parallel: ParallelConfig) -> None:
             raise ValueError(f"{key}=True of the language model is not supported")
     if text.hidden_act != "silu":
         raise ValueError(f"hidden_act={text.hidden_act!r} of the language model is not silu")
-    rotary_frequencies(text, head_dim(text), partial=TRAITS[text.model_type].partial_rotary)
+    rotary_frequencies(text, head_dim(text), partial=traits.partial_rotary)
     longest_sequence(text)
 
 
@@ -159,7 +131,7 @@ def _validate_experts(text: PretrainedConfig, parallel: ParallelConfig) -> None:
             f"num_experts_per_tok={text.num_experts_per_tok} must lie above 1, or the router learns nothing, and not "
             f"above num_experts={text.num_experts}"
         )
-    if not _normalized(text) and not TRAITS[text.model_type].reads_norm_topk_prob:
+    if not _normalized(text) and not traits_of(text).reads_norm_topk_prob:
         raise ValueError(
             f"norm_topk_prob=False: in transformers the chosen experts' probabilities of a {text.model_type} sum to one"
         )
@@ -172,7 +144,7 @@ def _normalized(text: PretrainedConfig) -> bool:
 def sparse_layers(text: PretrainedConfig) -> list[bool]:
     """Of each decoder layer, whether it has experts in the place of its MLP."""
     layers = range(text.num_hidden_layers)
-    if not TRAITS[text.model_type].experts or not text.num_experts:
+    if not traits_of(text).experts or not text.num_experts:
         return [False for _ in layers]
     step, dense = text.decoder_sparse_step, text.mlp_only_layers
     return [layer not in dense and (layer + 1) % step == 0 for layer in layers]
@@ -185,7 +157,7 @@ def head_dim(text: PretrainedConfig) -> int:
 
 def decoder_config(text: PretrainedConfig, model: ModelConfig, parallel: ParallelConfig) -> TransformerConfig:
     """The decoder's ``TransformerConfig``, ``model.megatron`` applied."""
-    traits, sparse = TRAITS[text.model_type], sparse_layers(text)
+    traits, sparse = traits_of(text), sparse_layers(text)
     return transformer_config(
         model,
         parallel,
@@ -232,7 +204,7 @@ def language_mappings(
     text: PretrainedConfig, *, tied: bool, prefix: str = "model.", output: str = "lm_head.weight"
 ) -> list[Mapping]:
     """Rows of the decoder at ``language_model.``; ``prefix`` and ``output`` are the checkpoint's names of its parts."""
-    traits, sparse = TRAITS[text.model_type], sparse_layers(text)
+    traits, sparse = traits_of(text), sparse_layers(text)
     vocab = {"vocab_size": text.vocab_size}
     qkv, gated = (FusedQKV, FusedGatedMLP) if traits.fused else (QKV, GatedMLP)
     projections = ("qkv",) if traits.fused else tuple("qkv")

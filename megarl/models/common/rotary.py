@@ -10,6 +10,8 @@ from torch import Tensor, nn
 from transformers import PretrainedConfig
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
+from megarl.families import traits_of
+
 # beyond these lengths transformers turns a sequence by what else is in its batch: ``longest_sequence`` ends there
 _SCALINGS = ("linear", "llama3", "yarn", "longrope", "dynamic")
 
@@ -42,7 +44,7 @@ def rotary_axes(text: PretrainedConfig, channels: int) -> Tensor:
     ``mrope_section`` counts the channels of each axis, laid out one axis after the other or, in Qwen3-VL, in turns.
     ``channels``: D / 2.
     """
-    interleaved = text.model_type.startswith("qwen3_vl")  # like transformers, whatever ``mrope_interleaved`` says
+    interleaved = traits_of(text).interleaved_axes  # like transformers, whatever ``mrope_interleaved`` says
     section = text.rope_parameters.get("mrope_section", [24, 20, 20] if interleaved else None)
     if section is None:
         return torch.zeros(channels, dtype=torch.int64)

@@ -147,3 +147,6 @@ class QwenVLModel(VisionLanguageModel):
             sizes=torch.zeros(1, 2, dtype=torch.int64),
             index=torch.zeros(0, dtype=torch.int64),
         )
+
+
+build = QwenVLModel
