@@ -6,6 +6,7 @@ what transformers' forward takes beside token ids.
 
 from __future__ import annotations
 
+import itertools
 from abc import ABC, abstractmethod
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -142,7 +143,7 @@ def evaluate(case: Case, model: torch.nn.Module, reference: Reference) -> tuple[
     total = torch.zeros(())
     for row, sample, weights in zip(logits, samples, reference.weights, strict=True):
         at = trained(sample)
-        total = total + loss_of(row[at], sample.tokens[at + 1], weights)
+        total = total + loss_of(row[at].float(), sample.tokens[at + 1], weights)
     return [row[: len(s.tokens)].detach() for row, s in zip(logits, samples, strict=True)], total
 
 
@@ -188,3 +189,34 @@ def pack(reference: Reference, indices: list[int], multiple: int = 1, sequence_m
         targets=tokens[rows + 1],
         weights=torch.cat([reference.weights[i] for i in indices]),
     )
+
+
+def rounded_references(case: Case, name: str, directory: Path) -> tuple[Reference, list[Reference]]:
+    """The model ``name`` with weights of bfloat16: what transformers says in float32, and what in bfloat16.
+
+    The latter in several ways that are equally right: with two attention kernels, in one padded batch or in several.
+    """
+    model = case.model(name).bfloat16()
+    model.save_pretrained(directory)
+    family, described = family_of(model.config), model.config.to_dict()
+    samples = case.samples(model, seed=0)
+    generator = torch.Generator().manual_seed(1)
+    weights = [torch.randn(len(trained(s)), generator=generator) for s in samples]
+    number = sum(len(w) for w in weights)
+
+    def computed(dtype: torch.dtype, attention: str, size: int) -> Reference:
+        result = Reference(str(directory), samples, weights)
+        model.to(dtype).set_attn_implementation(attention)
+        model.zero_grad()
+        for start in range(0, len(samples), size):
+            few = slice(start, start + size)
+            logits, total = evaluate(case, model, Reference(str(directory), samples[few], weights[few]))
+            (total / number).backward()
+            result.logits += logits
+        named = [(family.canonical_name(n), p.grad) for n, p in model.named_parameters() if p.grad is not None]
+        result.gradients = {n: family.canonical_tensor(described, n, g.float()) for n, g in named}
+        return result
+
+    every = len(samples)
+    ways = itertools.product(("sdpa", "eager"), (every, 4))  # each batch with an image and a video
+    return computed(torch.float32, "eager", every), [computed(torch.bfloat16, *way) for way in ways]

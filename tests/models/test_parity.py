@@ -5,7 +5,9 @@ from __future__ import annotations
 from functools import cache
 
 import pytest
+import torch
 
+from megarl.config import ModelConfig
 from tests.models.families import FAMILIES
 from tests.models.parity import (
     DEEP_LAYOUTS,
@@ -14,10 +16,13 @@ from tests.models.parity import (
     MICROBATCHES,
     assert_near,
     check_logits,
+    differences,
+    has_no_gradient,
     joined,
+    logit_differences,
     run,
 )
-from tests.models.reference import reference
+from tests.models.reference import reference, rounded_references
 from tests.models.text import LONG_CONFIGS
 
 LLAVA_LAYOUTS = ("tp2", "tp2_sp", "pp2", "tp2_pp2", "dp2", "cp2")
@@ -61,3 +66,30 @@ def test_equals_transformers(pool, references, family, name, layout):
     check_logits(results, ref, MICROBATCHES)
     assert_near(joined(results, "gradients", ref.directory), ref.gradients)
     assert_near(joined(results, "updated", ref.directory), ref.updated)
+
+
+ROUNDED = [
+    ("text", "qwen3_narrow_heads", "tp2_sp"),
+    ("qwen2_vl", "seed0", "tp2_sp"),
+    ("qwen2_5_vl", "gqa2_tied", "tp2_sp"),
+    ("qwen3_vl", "seed1", "tp1"),
+    ("llava", "clip_llama", "tp2_sp"),
+    ("llava_next", "next_siglip_llama", "tp1"),
+]
+
+
+@pytest.mark.parametrize(("family", "name", "layout"), ROUNDED)
+def test_bfloat16_is_at_most_twice_as_far_from_float32_as_transformers(pool, tmp_path, family, name, layout):
+    """The logits, and the gradient of each parameter however small."""
+    exact, rounded = rounded_references(FAMILIES[family], name, tmp_path)
+    results = run(pool, exact, layout, model=ModelConfig(dtype="bfloat16"))
+    assert {tensor.dtype for tensor in results[0]["updated"].values()} == {torch.bfloat16}
+    ours = differences(joined(results, "gradients", exact.directory), exact.gradients)
+    theirs = [differences(reference.gradients, exact.gradients) for reference in rounded]
+    for key, difference in ours.items():
+        largest = max(errors[key] for errors in theirs)
+        assert has_no_gradient(key) or difference <= 2 * largest, f"{key}: {difference:.1e}, transformers {largest:.1e}"
+    for indices, difference in zip(MICROBATCHES, logit_differences(results, exact, MICROBATCHES), strict=True):
+        expected = torch.cat([exact.logits[i] for i in indices])
+        found = (torch.cat([reference.logits[i].float() for i in indices]) for reference in rounded)
+        assert difference <= 2 * max(float((logits - expected).norm() / expected.norm()) for logits in found), indices

@@ -114,15 +114,6 @@ def test_an_image_shown_twice_is_encoded_once(pool, references):
     assert_near(joined(shared, "gradients", ref.directory), joined(twice, "gradients", ref.directory), 1e-5)
 
 
-def test_bfloat16_stays_near_float32(pool, references):
-    ref = references("gqa2_tied")
-    results = run(pool, ref, "tp2_sp", model=ModelConfig(dtype="bfloat16"))
-    assert {tensor.dtype for tensor in results[0]["updated"].values()} == {torch.bfloat16}
-    ours = joined(results, "gradients", ref.directory)
-    difference = sum(float((ours[n] - g).norm() ** 2) for n, g in ref.gradients.items()) ** 0.5
-    assert difference <= 0.05 * sum(float(g.norm() ** 2) for g in ref.gradients.values()) ** 0.5
-
-
 PP2, VPP = {"pipeline_model_parallel_size": 2}, "virtual_pipeline_model_parallel_size"
 
 

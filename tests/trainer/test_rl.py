@@ -101,6 +101,27 @@ def test_a_reward_that_raises_is_named_and_nothing_is_lost(folder, monkeypatch):
     assert (folder / "raises/checkpoints/step_000001/manifest.json").is_file()
 
 
+def test_a_run_in_bfloat16_trains_with_its_engine(folder):
+    """Beside a reference that follows in small steps."""
+    moving = ["algorithm.reference_sync_every=1", "algorithm.reference_sync_mix=0.01"]
+    short = ["trainer.num_steps=2", "trainer.eval_prompts=0", "checkpoint.export_hf=False", "checkpoint.save_every=0"]
+    text = run(folder / "rounded.log", *arguments(folder, "rounded"), "model.dtype=bfloat16", *moving, *short)
+    assert "differ on the rollouts" not in text
+    rows = metrics(folder / "rounded")
+    for step in (1, 2):
+        row = rows[step]
+        assert 0 < row["training/rollout_probs_diff_mean"] < 2e-4
+        assert 0 < row["training/rollout_logprobs_diff_mean"] < 0.02
+        assert row["training/rollout_logprobs_diff_max"] < 0.1
+        assert 0 < row["sync/canary_probs_diff_mean"] < 1e-4
+        assert row["sync/verified_tensors"] == row["sync/tensors"] > 50
+        assert row["actor/grad_norm"] > 0
+    assert rows[2]["actor/kl_loss"] > 0
+    manifest = json.loads((folder / "rounded/checkpoints/step_000002/manifest.json").read_text())
+    assert manifest["dtype"] == "bfloat16"
+    assert "reference" in manifest["contents"]
+
+
 @pytest.mark.slow
 def test_a_colocated_run_robbed_of_an_engine_gives_the_same_bits(folder, straight):
     """The new engine starts while the ranks have lent their memory, and gets its weights in between."""
