@@ -7,7 +7,8 @@ import numpy as np
 import pytest
 import ray
 
-from megarl.rollout.engine import Request
+from megarl.config import ModelConfig, RolloutConfig, RunConfig
+from megarl.rollout.engine import Request, server_arguments
 from megarl.utils.checksum import tensor_checksum
 from megarl.utils.errors import EngineRefused
 from megarl.weight_sync.broadcast import broadcast_bucket, create_group, destroy_group, layout
@@ -229,3 +230,13 @@ def test_lent_memory_is_gone_and_comes_back_with_the_next_weights(pool, models, 
     assert ray.get(pool.engine.checksums.remote()) == before
     assert_parity(pool.engine, HuggingFace(models[0], processor), encoded, version=70)
     push_shared(pool.engine, named, 0)
+
+
+@pytest.mark.parametrize(
+    ("model", "engine", "dtype"),
+    [("bfloat16", "", "bfloat16"), ("float32", "bfloat16", "bfloat16"), ("bfloat16", "float32", "float32")],
+)
+def test_an_engine_in_bfloat16_has_a_float32_head(tmp_path, model, engine, dtype):
+    config = RunConfig(model=ModelConfig(dtype=model), rollout=RolloutConfig(dtype=engine))
+    arguments = server_arguments(config, str(tmp_path), 0, "cpu")
+    assert (arguments["dtype"], arguments["enable_fp32_lm_head"]) == (dtype, dtype == "bfloat16")
