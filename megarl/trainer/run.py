@@ -29,7 +29,7 @@ from megarl.algorithms.checks import check_algorithm
 from megarl.checkpoint import megatron as checkpoints
 from megarl.checkpoint.adapters import check_peft, read_peft_config
 from megarl.checkpoint.huggingface import read_config
-from megarl.config import LoraConfig, RunConfig
+from megarl.config import RunConfig
 from megarl.data.conversations import Conversations
 from megarl.data.lengths import row_lengths
 from megarl.data.packing import most_tokens
@@ -70,7 +70,7 @@ def check(config: RunConfig) -> None:
     ddp_options(config)
     optimizer_options(config, config.optimizer)
     if config.model.lora.rank:
-        check_lora(config.model.lora, hf_config)
+        check_lora(config, hf_config)
     if config.has_critic and config.critic.path:
         _check_critic(config, hf_config)
     key, response = "rollout.max_new_tokens", config.rollout.max_new_tokens
@@ -95,11 +95,14 @@ def check(config: RunConfig) -> None:
         )
 
 
-def check_lora(lora: LoraConfig, policy: PretrainedConfig) -> None:
+def check_lora(config: RunConfig, policy: PretrainedConfig) -> None:
     """Adapters are on layers that there are, and those to start from are of the kind that is configured."""
+    lora, resume = config.model.lora, config.trainer.resume
     every = [name for mapping in family_of(policy).mappings(policy) for name in projections(mapping)]
     check_targets(every, lora, policy.architectures[0])
-    if lora.path:
+    saved = checkpoints.complete(Path(config.trainer.run_dir) / "checkpoints")
+    starts = resume == "never" or (resume == "auto" and not saved)  # a checkpoint has adapters of its own
+    if lora.path and starts:
         check_peft(lora.path, read_peft_config(lora.path), lora)
 
 

@@ -12,7 +12,7 @@ import torch
 from megarl.checkpoint.adapters import check_peft, described, read_peft, read_peft_config
 from megarl.checkpoint.convert import merge_adapters
 from megarl.checkpoint.huggingface import CheckpointError
-from megarl.config import LoraConfig, ModelConfig, RunConfig
+from megarl.config import LoraConfig, ModelConfig, RunConfig, TrainerConfig
 from megarl.utils import torchvision_cpu
 
 torchvision_cpu.install()
@@ -170,6 +170,11 @@ def test_a_run_is_refused_before_a_rank_starts(base, tmp_path, lora, message):
         adapt(base, tmp_path / "pissa", init_lora_weights="pissa")
     if "path" in lora:
         lora = {"path": str(tmp_path / lora["path"])}
-    config = RunConfig(model=ModelConfig(path=str(base), lora=LoraConfig(rank=4, alpha=12, **lora)))
+    model = ModelConfig(path=str(base), lora=LoraConfig(rank=4, alpha=12, **lora))
+    config = RunConfig(model=model, trainer=TrainerConfig(run_dir=str(tmp_path / "run")))
+    policy = AutoModelForCausalLM.from_pretrained(base).config
     with pytest.raises(ValueError, match=message):
-        check_lora(config.model.lora, AutoModelForCausalLM.from_pretrained(base).config)
+        check_lora(config, policy)
+    if "path" in lora:  # which a resumed run does not read
+        config.trainer.resume = str(tmp_path)
+        check_lora(config, policy)
