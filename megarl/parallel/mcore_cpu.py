@@ -11,7 +11,6 @@ code (``groups.initialize`` does, so a Ray actor whose methods all run in one th
 
 from __future__ import annotations
 
-import contextlib
 import threading
 import warnings
 from collections.abc import Callable
@@ -22,6 +21,8 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 from megarl.parallel.adam import FusedAdam
+from megarl.utils.no_cuda import Stream, streams_and_random_numbers
+from megarl.utils.upstream import check_versions, replace
 
 _CUDA_SPELLING = {
     f"torch.{n}": f"torch.cuda.{n}" for n in ("FloatTensor", "BFloat16Tensor", "HalfTensor", "DoubleTensor")
@@ -58,63 +59,29 @@ class _CudaIsCpu(TorchFunctionMode):
         return func(*args, **kwargs)
 
 
-class _Event:
-    def __init__(self, *args: Any, **kwargs: Any) -> None: ...
-    def record(self, stream: Any = None) -> None: ...
-    def wait(self, stream: Any = None) -> None: ...
-    def synchronize(self) -> None: ...
-    def query(self) -> bool:
-        return True
-
-    def elapsed_time(self, other: _Event) -> float:
-        return 0.0
-
-
-class _Stream:
-    def __init__(self, *args: Any, **kwargs: Any) -> None: ...
-    def wait_stream(self, stream: Any) -> None: ...
-    def wait_event(self, event: Any) -> None: ...
-    def synchronize(self) -> None: ...
-    def query(self) -> bool:
-        return True
-
-    def record_event(self, event: Any = None) -> Any:
-        return event or _Event()
-
-
 def _patch_cuda() -> None:
-    stream = _Stream()
     replacements = {
         "current_device": torch.cpu.current_device,
         "synchronize": lambda device=None: None,
         "empty_cache": lambda: None,
         "set_device": lambda device: None,
-        "current_stream": lambda device=None: stream,
-        "default_stream": lambda device=None: stream,
-        "stream": lambda stream: contextlib.nullcontext(),
-        "Stream": _Stream,
-        "Event": _Event,
-        # not torch.manual_seed: that one calls torch.cuda back
-        "manual_seed": lambda seed: torch.default_generator.manual_seed(int(seed)),
-        "get_rng_state": lambda device=None: torch.get_rng_state(),
-        "set_rng_state": lambda state, device=None: torch.set_rng_state(state),
     }
-    for name, value in replacements.items():
-        setattr(torch.cuda, name, value)
-    torch.cuda.nvtx.range_push = lambda *args, **kwargs: 0
-    torch.cuda.nvtx.range_pop = lambda: 0
+    for name, value in (replacements | streams_and_random_numbers(Stream())).items():
+        replace(torch.cuda, name, value)
+    replace(torch.cuda.nvtx, "range_push", lambda *args, **kwargs: 0)
+    replace(torch.cuda.nvtx, "range_pop", lambda: 0)
 
 
 def _import_without_compiling() -> None:
     # `import megatron.core` applies @jit_fuser, which is torch.compile, before anything can disable it
     compile_ = torch.compile
-    torch.compile = lambda model=None, **kwargs: model if model is not None else (lambda function: function)
+    replace(torch, "compile", lambda model=None, **kwargs: model if model is not None else (lambda function: function))
     try:
         from megatron.core import jit
 
         jit.disable_jit_fuser()
     finally:
-        torch.compile = compile_
+        replace(torch, "compile", compile_)
 
 
 def _patch_upstream() -> None:
@@ -130,11 +97,13 @@ def _patch_upstream() -> None:
     if not random.HAVE_TE:
         _patch_checkpoint(random.CheckpointWithoutOutput)
     if optimizer.USING_PYTORCH_OPTIMIZER:
-        optimizer.Adam, optimizer.USING_PYTORCH_OPTIMIZER = FusedAdam, False
-        distrib_optimizer.Adam = FusedAdam
-        distrib_optimizer.HAVE_APEX_OR_TE = distrib_optimizer.USING_APEX_OPTIMIZER = True
+        replace(optimizer, "Adam", FusedAdam)
+        replace(optimizer, "USING_PYTORCH_OPTIMIZER", False)
+        replace(distrib_optimizer, "Adam", FusedAdam)
+        for name in ("HAVE_APEX_OR_TE", "USING_APEX_OPTIMIZER"):
+            replace(distrib_optimizer, name, True)
     if clip_grads.l2_norm_impl.__name__ == "local_multi_tensor_l2_norm":
-        clip_grads.l2_norm_impl = _l2_norm
+        replace(clip_grads, "l2_norm_impl", _l2_norm)
 
 
 def _l2_norm(
@@ -153,15 +122,21 @@ def _patch_checkpoint(checkpoint: type) -> None:
         init(self, fp8)
         self.fp8 = False
 
-    checkpoint.__init__ = without_fp8
+    replace(checkpoint, "__init__", without_fp8)
+
+
+def use_cpu_random_states() -> None:
+    """Random states of a rank are those of the CPU's generator: there is none for CUDA."""
+    from megatron.core.tensor_parallel import random
+
+    replace(random, "_get_cuda_rng_state", lambda device="cuda", clone=False, graph_safe=False: torch.get_rng_state())
+    replace(random, "_set_cuda_rng_state", lambda state, device=-1, graph_safe=False: torch.set_rng_state(state))
 
 
 def _patch_megatron() -> None:
-    from megatron.core.tensor_parallel import random
     from megatron.core.transformer.moe import token_dispatcher
 
-    random._get_cuda_rng_state = lambda device="cuda", clone=False, graph_safe=False: torch.get_rng_state()
-    random._set_cuda_rng_state = lambda new_state, device=-1, graph_safe=False: torch.set_rng_state(new_state)
+    use_cpu_random_states()
     move = token_dispatcher.maybe_move_tensor_to_cpu
 
     def move_to_cpu(tensor: Any, as_numpy: bool = False, record_stream: bool = False) -> Any:
@@ -170,7 +145,7 @@ def _patch_megatron() -> None:
             return tensor.numpy()
         return move(tensor, as_numpy, record_stream)
 
-    token_dispatcher.maybe_move_tensor_to_cpu = move_to_cpu
+    replace(token_dispatcher, "maybe_move_tensor_to_cpu", move_to_cpu)
 
 
 def install() -> None:
@@ -179,6 +154,7 @@ def install() -> None:
     cuda = torch.cuda.is_available()
     if not _installed:
         _installed = True
+        check_versions("megatron-core", "torch")
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # apex and Transformer Engine are not installed: so it is here
             if not cuda:

@@ -18,6 +18,8 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from megarl.utils.upstream import replace
+
 _LOST = 0xFF  # a byte of NaN in every floating-point type; a KV cache, which is masked but multiplied, gets zeros
 
 
@@ -104,4 +106,4 @@ def _saver_of_this_process(enable: bool) -> TorchMemorySaverAdapter:
 
 def install() -> None:
     """Make SGLang use it in this process."""
-    TorchMemorySaverAdapter.create = staticmethod(_saver_of_this_process)
+    replace(TorchMemorySaverAdapter, "create", staticmethod(_saver_of_this_process))

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from megarl.utils import torchvision_cpu
+from megarl.utils.upstream import replace
 
 # Imported by name when SGLANG_USE_CPU_ENGINE=1; all belong to speculative decoding.
 _FUNCTIONS = (
@@ -78,8 +79,8 @@ def unpin(*modules: types.ModuleType) -> None:
     for name in ("tensor", "zeros"):
         setattr(unpinned, name, _pageable(getattr(torch, name)))
     for module in modules:
-        module.torch = unpinned
-    Tensor.pin_memory = lambda self, device=None: self
+        replace(module, "torch", unpinned)
+    replace(Tensor, "pin_memory", lambda self, device=None: self)
 
 
 def _pageable(create: Callable[..., Tensor]) -> Callable[..., Tensor]:
@@ -100,7 +101,7 @@ def choose_experts_in_torch(topk: types.ModuleType) -> None:
             raise NotImplementedError("shared experts and scaled routes need a build of sgl_kernel with kernels")
         return topk.fused_topk_torch_native(**arguments)
 
-    topk.fused_topk = fused_topk
+    replace(topk, "fused_topk", fused_topk)
 
 
 def install() -> None:

@@ -47,7 +47,9 @@ from sglang.srt.utils.weight_checker import ChecksumInfo, WeightChecker  # noqa:
 from megarl.rollout import cpu_memory, shared_pixels  # noqa: E402
 from megarl.rollout.cpu_attention import BatchedTorchAttention, SegmentedVisionAttention  # noqa: E402
 from megarl.rollout.live_weights import Held, checksums, held_adapters, held_weights  # noqa: E402
+from megarl.utils.upstream import check_versions, replace, replace_entry  # noqa: E402
 
+check_versions("sglang", "torch")
 if ON_CPU:
     cpu_memory.install()
 shared_pixels.install()
@@ -163,20 +165,20 @@ def run_scheduler_process(*args: Any, **kwargs: Any) -> None:
     On CPU its attention is batched, and that of vision towers knows segments.
     """
     if not issubclass(scheduler.Scheduler, RolloutScheduler):
-        scheduler.Scheduler = RolloutScheduler
-    model_runner.WeightChecker = CheckpointWeightChecker
-    model_runner.LoRAManager = KnownLoRAManager
+        replace(scheduler, "Scheduler", RolloutScheduler)
+    replace(model_runner, "WeightChecker", CheckpointWeightChecker)
+    replace(model_runner, "LoRAManager", KnownLoRAManager)
     if ON_CPU:
         cpu_shims.unpin(layers, torch_backend)
         cpu_shims.choose_experts_in_torch(topk)
-        attention_registry.ATTENTION_BACKENDS["torch_native"] = BatchedTorchAttention
-        vision.QKV_BACKEND_IMPL["sdpa"] = SegmentedVisionAttention
+        replace_entry(attention_registry, "ATTENTION_BACKENDS", "torch_native", BatchedTorchAttention)
+        replace_entry(vision, "QKV_BACKEND_IMPL", "sdpa", SegmentedVisionAttention)
     scheduler.run_scheduler_process(*args, **kwargs)
 
 
 def run_deterministic_scheduler_process(*args: Any, **kwargs: Any) -> None:
     """The same with reproducible batches."""
-    scheduler.Scheduler = DeterministicScheduler
+    replace(scheduler, "Scheduler", DeterministicScheduler)
     run_scheduler_process(*args, **kwargs)
 
 

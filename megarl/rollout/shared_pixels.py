@@ -19,6 +19,8 @@ from sglang.srt.managers import mm_utils
 from sglang.srt.managers.mm_utils import ShmPointerMMData
 from torch import Tensor
 
+from megarl.utils.upstream import replace
+
 # of the prompt whose requests are sent, by where they are: the features, which stay there as long, and what is sent
 _lent: ContextVar[dict[tuple, tuple[Tensor, Any]]] = ContextVar("lent")
 _received: WeakValueDictionary[str, Tensor] = WeakValueDictionary()  # by segment
@@ -64,5 +66,6 @@ def _close(pointer: ShmPointerMMData) -> None:
 
 def install() -> None:
     """Put this in the place of SGLang's, in the process that sends and in those that receive."""
-    mm_utils._wrap_shm_or_inline = _share_once
-    ShmPointerMMData.materialize, ShmPointerMMData.close_and_unlink = _copy_once, _close
+    replace(mm_utils, "_wrap_shm_or_inline", _share_once)
+    replace(ShmPointerMMData, "materialize", _copy_once)
+    replace(ShmPointerMMData, "close_and_unlink", _close)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from megarl.config import AlgorithmConfig, ParallelConfig, RunConfig, TrainerConfig
+from megarl.config import TRAINER_MEMORY, AlgorithmConfig, ParallelConfig, RunConfig, TrainerConfig
 from megarl.launch.defaults import with_device_defaults
 from megarl.launch.memory import engine_memory_fraction, usage
 from megarl.utils import torchvision_cpu
@@ -11,7 +11,6 @@ from tests.pretend.architectures import ARCHITECTURES
 torchvision_cpu.install()  # transformers imports it for LLaVA's configuration
 
 GPU_BYTES = 80 * 10**9
-OFFLOAD = ["optimizer", "gradients", "parameters", "reference"]  # what trainer.offload=[auto] is where GPUs are shared
 NAMES = {"qwen2_5_vl_7b": "Qwen2.5-VL-7B", "llava_1_5_7b": "LLaVA-1.5-7B"}
 ROWS = [
     (model, placement, tensor)
@@ -36,7 +35,7 @@ def planned(model: str, placement: str, tensor: int) -> RunConfig:
         trainer=TrainerConfig(
             placement=placement,
             ranks_per_node=8 if placement == "colocated" else 4,
-            offload=OFFLOAD if placement == "colocated" else [],
+            offload=list(TRAINER_MEMORY) if placement == "colocated" else [],
         ),
     )
     return with_device_defaults(config, ARCHITECTURES[model](), gpu_bytes=GPU_BYTES)

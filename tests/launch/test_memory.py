@@ -9,10 +9,10 @@ from pathlib import Path
 
 import pytest
 
-from megarl.config import AlgorithmConfig, ModelConfig, ParallelConfig, RunConfig, TrainerConfig
+from megarl.config import TRAINER_MEMORY, AlgorithmConfig, ModelConfig, ParallelConfig, RunConfig, TrainerConfig
 from megarl.experiment import apply_overrides
 from megarl.launch import memory
-from tests.launch.memory_table import GPU_BYTES, OFFLOAD, planned, table
+from tests.launch.memory_table import GPU_BYTES, planned, table
 from tests.pretend.architectures import ARCHITECTURES
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -168,7 +168,7 @@ def test_engines_get_what_the_ranks_leave():
     assert share(apart) == pytest.approx(1 - (14.07 + 8.59 + 2.18) / 77.5, abs=0.002)
     assert share(shared) == pytest.approx(1 - (14.07 + 8.59 + 2.18) / 75.5, abs=0.002)
     assert memory.residue(shared, hf_config) == 0
-    kept = replace(shared, trainer=replace(shared.trainer, offload=[p for p in OFFLOAD if p != "reference"]))
+    kept = replace(shared, trainer=replace(shared.trainer, offload=[p for p in TRAINER_MEMORY if p != "reference"]))
     assert memory.residue(kept, hf_config) == pytest.approx(8.29e9, rel=0.01)
     assert share(kept) == pytest.approx(1 - (14.07 + 8.59 + 2.18) / (75.5 - 8.29), abs=0.002)
     stays = replace(shared, trainer=replace(shared.trainer, offload=["optimizer"]))

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.autograd import _make_grads, _tensor_or_tensors_to_tuple
 from torch.autograd.graph import _engine_run_backward
 
+from megarl.utils.no_cuda import Stream, streams_and_random_numbers
 from tests.pretend.operations import rms_norm
 from tests.pretend.tensors import CudaTensor
 
@@ -24,25 +25,8 @@ PROPERTIES = SimpleNamespace(
 )
 
 
-class _Event:
-    def __init__(self, *args: Any, **kwargs: Any) -> None: ...
-    def record(self, stream: Any = None) -> None: ...
-    def wait(self, stream: Any = None) -> None: ...
-    def synchronize(self) -> None: ...
-    def query(self) -> bool:
-        return True
-
-    def elapsed_time(self, other: _Event) -> float:
-        return 0.0
-
-
-class _Stream(_Event):
+class _Stream(Stream):
     cuda_stream = 0
-
-    def wait_stream(self, stream: Any) -> None: ...
-    def wait_event(self, event: Any) -> None: ...
-    def record_event(self, event: Any = None) -> Any:
-        return event or _Event()
 
 
 @contextlib.contextmanager
@@ -51,16 +35,15 @@ def torch_cuda(pretend: Pretend) -> Iterator[None]:
     with contextlib.ExitStack() as stack:
         for owner, replacements in _replacements(pretend):
             for name, value in replacements.items():
-                stack.enter_context(mock.patch.object(owner, name, value, create=True))
+                stack.enter_context(mock.patch.object(owner, name, value))
         yield
 
 
 def megatron() -> None:
     """Random states are tensors of a C++ generator, of which a CPU build has none for CUDA. After ``import megarl``."""
-    from megatron.core.tensor_parallel import random
+    from megarl.parallel import mcore_cpu  # only now: with its import it decides whether there is a GPU
 
-    random._get_cuda_rng_state = lambda device="cuda", clone=False, graph_safe=False: torch.get_rng_state()
-    random._set_cuda_rng_state = lambda state, device=-1, graph_safe=False: torch.set_rng_state(state)
+    mcore_cpu.use_cpu_random_states()
 
 
 def _replacements(pretend: Pretend) -> list[tuple[Any, dict[str, Any]]]:
@@ -100,19 +83,9 @@ def _device(pretend: Pretend) -> dict[str, Callable]:
 
 
 def _streams_and_random_numbers() -> dict[str, Any]:
-    stream = _Stream()
-    return {
-        "current_stream": lambda device=None: stream,
-        "default_stream": lambda device=None: stream,
-        "stream": lambda stream: contextlib.nullcontext(),
-        "Stream": _Stream,
-        "Event": _Event,
+    return streams_and_random_numbers(_Stream()) | {
         "is_current_stream_capturing": lambda: False,
-        # not torch.manual_seed: that one calls torch.cuda back
-        "manual_seed": lambda seed: torch.default_generator.manual_seed(int(seed)),
         "manual_seed_all": lambda seed: None,
-        "get_rng_state": lambda device=None: torch.get_rng_state(),
-        "set_rng_state": lambda state, device=None: torch.set_rng_state(state),
     }
 
 
