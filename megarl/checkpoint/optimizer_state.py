@@ -153,9 +153,11 @@ _SETTINGS = (
 
 
 def _groups(state: dict[str, Any]) -> list[dict[str, Any]]:
-    """The parameter groups in an optimizer's ``state``, of each of several that are chained."""
-    chained = [state] if "optimizer" in state else list(state.values())
-    return [group for one in chained for group in one["optimizer"]["param_groups"]]
+    """The parameter groups in an optimizer's ``state``, of the one that it wraps or of each of several in a chain."""
+    if "param_groups" in state:
+        return state["param_groups"]
+    inner = [state["optimizer"]] if "optimizer" in state else state.values()
+    return [group for one in inner for group in _groups(one)]
 
 
 def without_settings(state: dict[str, Any]) -> None:
