@@ -23,9 +23,9 @@ What megarl does with a config.json, written by `python -m tests.models.config_t
 be fewer groups than ranks, when one number divides the other. Vocabularies are padded to what the ranks divide.
 
 The longest sequence is the one up to which megarl's logits are transformers': a sliding window that a sequence fits
-does not change it, and behind `original_max_position_embeddings` longrope turns by other frequencies. A run whose
-`data.max_prompt_length` and `rollout.max_new_tokens` are more is refused before anything starts; supervised training
-drops longer rows.
+does not change it (the rollout engine has no windows in these models), and behind `original_max_position_embeddings`
+longrope turns by other frequencies. A run whose `data.max_prompt_length` and `rollout.max_new_tokens` are more is
+refused before anything starts; supervised training drops longer rows.
 """
 FIELDS = """
 ## Fields

@@ -76,8 +76,9 @@ def _validate_heads(text: PretrainedConfig, size: int) -> None:
 def longest_sequence(text: PretrainedConfig) -> tuple[int, str]:
     """The most tokens of a sequence for which the decoder computes what transformers does, and the field that says so.
 
-    A sequence that fits a sliding window does not know of it. Behind ``original_max_position_embeddings`` longrope
-    turns the whole batch by other frequencies, in transformers and in the engine, whatever else is in it.
+    A sequence that fits a sliding window does not know of it, and the engine has no windows in these models. Behind
+    ``original_max_position_embeddings`` longrope turns the whole batch by other frequencies, in transformers and in the
+    engine, whatever else is in it.
     """
     limits = [(text.max_position_embeddings, "max_position_embeddings")]
     options = text.to_dict()
