@@ -19,6 +19,7 @@ class Block:
     experts: int = 0  # of such a layer
     expert_ffn: int = 0
     chosen: int = 0  # experts of a token
+    groups: int = 0  # of keys and values; 0: there are as many as heads
 
     @property
     def attention(self) -> int:

@@ -93,6 +93,7 @@ def sizes(hf_config: PretrainedConfig) -> Sizes:
         experts=experts,
         expert_ffn=text.moe_intermediate_size if experts else 0,
         chosen=text.num_experts_per_tok if experts else 0,
+        groups=text.num_key_value_heads,
     )
     vision_sizes = family_of(hf_config).vision_sizes
     vision = None if vision_sizes is None else vision_sizes(hf_config)
@@ -289,11 +290,14 @@ def _activations(config: RunConfig, block: Block, given: dict[str, Any], tokens:
         here = rows * block.chosen
         experts = here * (2 * block.hidden + 5 * block.expert_ffn)
         mlp = (mlp * (block.layers - block.sparse) + experts * block.sparse) // block.layers
+    attention = tokens * (3 * block.query + 3 * block.key) // tensor
+    if 0 < block.groups < tensor:  # mcore gathers queries, keys and values, and the values are a view of all
+        attention = tokens * (block.query + 2 * block.key + 2 * block.query // tensor + block.key // block.groups)
     return Activations(
         input=rows * block.hidden,
         residual=rows * block.hidden,
         norms=2 * rows * block.hidden,
-        attention=tokens * (3 * block.query + 3 * block.key) // tensor,
+        attention=attention,
         mlp=mlp,
         gradients=(3 if block.gated else 2) * ffn + 2 * tokens * block.hidden,
     )
@@ -384,7 +388,7 @@ def engine_memory_fraction(config: RunConfig, hf_config: PretrainedConfig, gpu_b
     weights = engine_weights(config, model)
     cache = free - kept - weights
     longest = config.data.max_prompt_length + config.rollout.max_new_tokens
-    token = 2 * 2 * model.decoder.layers * max(1, model.decoder.key // tensor)
+    token = 2 * 2 * model.decoder.layers * max(model.decoder.key // tensor, model.decoder.key // model.decoder.groups)
     if cache < longest * token:
         raise ValueError(
             f"an engine has {free / 1e9:.1f} GB of a GPU, of which its weights need {weights / 1e9:.1f} and what is "

@@ -74,6 +74,7 @@ PASSES = [
     (QWEN, {"tp": 4, "recompute": "selective", "samples": 4}, 5.24),
     (LLAVA, {"megatron": UNFUSED}, 52.4),
     (LLAVA, {"dp": 4}, 40.79),
+    ("qwen2_5_vl_3b", {"tp": 4, "dp": 2, "samples": 4}, 12.08),  # two groups of keys and values, which ranks gather
 ]
 
 

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 
 import transformers
+
+from tests.models.published import published
 
 
 def qwen2_5_vl_7b() -> transformers.PretrainedConfig:
@@ -101,4 +104,5 @@ ARCHITECTURES: dict[str, Callable[[], transformers.PretrainedConfig]] = {
     "qwen2_5_vl_7b": qwen2_5_vl_7b,
     "llava_1_5_7b": llava_1_5_7b,
     "qwen3_8b": qwen3_8b,
+    "qwen2_5_vl_3b": partial(published, "Qwen2.5-VL-3B"),  # two groups of keys and values
 }

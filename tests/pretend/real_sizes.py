@@ -2,8 +2,8 @@
 
     python tests/pretend/real_sizes.py MODEL [key=value ...] [--json OUT]
 
-MODEL: qwen2_5_vl_7b, llava_1_5_7b or qwen3_8b. Keys, with their defaults, are the fields of ``Run``. The world is
-torch's "fake" process group, whose collectives do nothing; this is rank 0 of tp x cp x dp x pp.
+MODEL: qwen2_5_vl_7b, qwen2_5_vl_3b, llava_1_5_7b or qwen3_8b. Keys, with their defaults, are the fields of ``Run``. The
+world is torch's "fake" process group, whose collectives do nothing; this is rank 0 of tp x cp x dp x pp.
 
 Of the result ``parameters``, ``gradients``, ``main_parameters``, ``optimizer`` and ``reference`` are the bytes that are
 always there, ``microbatch`` those of the pixels and streams; each ``..._peak`` is what a pass needs above everything
