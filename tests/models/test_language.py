@@ -35,6 +35,12 @@ def rope(kind: str, **fields) -> dict:
             {"rope_parameters": rope("proportional", factor=2.0)},
             "rope_scaling.rope_type='proportional' is not one of default",
         ),
+        ("qwen2_untied", {"rope_parameters": rope("yarn")}, "rope_type='yarn': rope_scaling has no 'factor'"),
+        (
+            "qwen2_untied",
+            {"rope_parameters": rope("longrope", short_factor=[1.0])},
+            "rope_scaling has no 'long_factor'",
+        ),
         (
             "qwen2_untied",
             {"layer_types": ["full_attention", "chunked_attention"]},

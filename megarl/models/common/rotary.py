@@ -34,8 +34,11 @@ def rotary_frequencies(text: PretrainedConfig, head_dim: int, *, partial: bool) 
         return 1.0 / parameters["rope_theta"] ** (torch.arange(0, channels, 2, dtype=torch.float32) / channels), 1.0
     if kind not in _SCALINGS:
         raise ValueError(f"rope_scaling.rope_type={kind!r} is not one of default, {', '.join(_SCALINGS)}")
-    with torch.device("cpu"):  # also where a model is described on the meta device
-        return ROPE_INIT_FUNCTIONS[kind](text, torch.device("cpu"))
+    try:
+        with torch.device("cpu"):  # also where a model is described on the meta device
+            return ROPE_INIT_FUNCTIONS[kind](text, torch.device("cpu"))
+    except KeyError as error:
+        raise ValueError(f"rope_scaling.rope_type={kind!r}: rope_scaling has no {error}") from error
 
 
 def rotary_axes(text: PretrainedConfig, channels: int) -> Tensor:
