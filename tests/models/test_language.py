@@ -1,10 +1,12 @@
 """What a decoder's configuration may say: each refusal by its name, and how long a sequence may be."""
 
 import re
+from types import SimpleNamespace
 
 import pytest
 
 from megarl.config import ParallelConfig
+from megarl.models.common.decoder import _scale_rotation
 from megarl.models.common.language import longest_sequence, validate_language
 from tests.models.text import LONGROPE, Text
 
@@ -104,3 +106,9 @@ def test_ranks_divide_the_groups_of_keys_or_are_divided_by_them(heads, groups, s
 )
 def test_a_sequence_is_at_most_as_long_as_what_changes_nothing(name, fields, expected):
     assert longest_sequence(config(name, **fields)) == expected
+
+
+def test_the_fused_rotation_has_no_factor():
+    _scale_rotation(SimpleNamespace(apply_rope_fusion=True), 1.0)
+    with pytest.raises(ValueError, match=r"model\.megatron\.apply_rope_fusion=True: .* rope_scaling asks for 1\.2$"):
+        _scale_rotation(SimpleNamespace(apply_rope_fusion=True), 1.2)
