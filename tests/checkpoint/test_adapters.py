@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 
 from megarl.checkpoint.huggingface import CheckpointError
 from megarl.checkpoint.megatron import read_index
-from megarl.config import LoraConfig, ModelConfig, ParallelConfig, RunConfig
+from megarl.config import LoraConfig, ModelConfig, OptimizerConfig, ParallelConfig, RunConfig
 from tests.models.peft_reference import PeftReference, peft_reference
 from tests.models.qwen_vl import Qwen25VL
 from tests.models.reference import evaluate
@@ -29,13 +29,9 @@ def ref(tmp_path_factory) -> PeftReference:
 
 
 def build(ref: PeftReference, lora: LoraConfig, parallel: ParallelConfig):
-    from megarl.parallel import groups
-    from megarl.workers.build import add_adapters, build_model
+    from tests.models.training import build_shard
 
-    groups.initialize(parallel, seed=0)
-    config = RunConfig(model=ModelConfig(path=ref.directory, lora=lora), parallel=parallel)
-    model, mappings = build_model(config, ref.directory)
-    return model, mappings, add_adapters(config, model, mappings)
+    return build_shard(RunConfig(model=ModelConfig(path=ref.directory, lora=lora), parallel=parallel))
 
 
 def write_both(ref: PeftReference, parallel: ParallelConfig, directory: str) -> bool:
@@ -148,15 +144,17 @@ def test_adapters_that_fit_nothing_are_an_error(ref, tmp_path):
 def trained(ref: PeftReference, parallel: ParallelConfig, directory: str) -> None:
     """A checkpoint of adapters that learned since they were loaded."""
     from megarl.checkpoint import megatron
-    from tests.checkpoint.training import build, step
+    from tests.checkpoint.training import step
+    from tests.models.training import build
 
     config = RunConfig(
-        model=ModelConfig(path=ref.directory, lora=replace(ref.lora, path=ref.adapter)), parallel=parallel
+        model=ModelConfig(path=ref.directory, lora=replace(ref.lora, path=ref.adapter)),
+        parallel=parallel,
+        optimizer=OptimizerConfig(lr=1e-2, eps=1e-4),
     )
     t = build(config)
-    for _ in range(2):  # the learning rate of the first is zero
-        step(t, ref)
-    megatron.save(f"{directory}/checkpoint", 1, t.ddp, t.optimizer, t.scheduler, {}, t.config)
+    step(t, ref)
+    megatron.save(f"{directory}/checkpoint", 1, t.model, t.optimizer, t.scheduler, {}, t.config)
 
 
 def test_a_checkpoint_of_adapters_becomes_peft_and_hugging_face(pool, ref, tmp_path):

@@ -12,8 +12,9 @@ from safetensors.torch import load_file, save_file
 from megarl.checkpoint.huggingface import CheckpointError
 from megarl.checkpoint.manifest import read_manifest
 from megarl.config import LoraConfig
-from tests.checkpoint.training import build, run_config, tiny
+from tests.checkpoint.training import run_config, tiny
 from tests.models.text import Text
+from tests.models.training import build
 
 LORA = LoraConfig(rank=4, alpha=8, target_modules=["q_proj", "v_proj"])
 
@@ -22,7 +23,7 @@ def save(directory: str, path: str) -> None:
     from megarl.checkpoint import megatron
 
     t = build(run_config(directory, (2, 2), lora=LORA))
-    megatron.save(path, 1, t.ddp, None, None, {}, t.config)
+    megatron.save(path, 1, t.model, None, None, {}, t.config)
 
 
 def load_errors(path: str, cases: list[tuple[str, LoraConfig, str]]) -> list[str]:
@@ -34,7 +35,7 @@ def load_errors(path: str, cases: list[tuple[str, LoraConfig, str]]) -> list[str
     for directory, lora, dtype in cases:
         t = build(run_config(directory, (1, 1), lora=lora, dtype=dtype))
         try:
-            megatron.load(path, t.ddp)
+            megatron.load(path, t.model)
             errors.append("")
         except CheckpointError as error:
             errors.append(str(error))

@@ -72,9 +72,10 @@ def test_manifest_records_the_layout_that_was_asked_for(converted):
 def load_and_export(directory: str, path: str, layout: tuple[int, ...], dtype: str = "bfloat16") -> dict[str, str]:
     from megarl.checkpoint import megatron
     from megarl.checkpoint.export import export_to_rank_zero
-    from tests.checkpoint.training import build_model, run_config
+    from tests.checkpoint.training import run_config
+    from tests.models.training import build_shard
 
-    model, mappings = build_model(run_config(directory, layout, dtype=dtype), weights=False)
+    model, mappings, _ = build_shard(run_config(directory, layout, dtype=dtype), weights=False)
     assert megatron.load(path, model) == {"step": 0}
     return {name: tensor_checksum(tensor) for name, tensor in export_to_rank_zero(model, mappings)}
 
@@ -203,10 +204,11 @@ def test_a_conversion_holds_a_few_parameters(tmp_path):
 
 def save_shards(directory: str, path: str) -> None:
     from megarl.checkpoint import megatron
-    from tests.checkpoint.training import build_model, run_config
+    from tests.checkpoint.training import run_config
+    from tests.models.training import build_shard
 
     config = run_config(directory, (2, 2), dtype="bfloat16")
-    megatron.save(path, 5, build_model(config)[0], None, None, {}, config).wait()
+    megatron.save(path, 5, build_shard(config)[0], None, None, {}, config).wait()
 
 
 def test_shards_of_four_ranks_become_whole_files(pool, converted, tmp_path):

@@ -133,10 +133,11 @@ def test_reader_names_the_keys_of_a_missing_file(tmp_path):
 def load_and_export(directory: str, layout: tuple[int, ...], bucket_bytes: int) -> dict:
     from megarl.checkpoint.export import export_tensors, export_to_all_stages, export_to_rank_zero
     from megarl.utils.checksum import tensor_checksum
-    from tests.checkpoint.training import build_model, run_config
+    from tests.checkpoint.training import run_config
+    from tests.models.training import build_shard
 
     dtype = "bfloat16" if torch.bfloat16 in HFReader(directory).dtypes() else "float32"
-    model, mappings = build_model(run_config(directory, layout, dtype=dtype))
+    model, mappings, _ = build_shard(run_config(directory, layout, dtype=dtype))
     buckets = list(export_tensors(model, mappings, bucket_bytes=bucket_bytes))
     return {
         "stage": {name: tensor_checksum(tensor) for bucket in buckets for name, tensor in bucket},
@@ -190,9 +191,10 @@ def test_experts_of_other_ranks_are_exported_too(pool, tmp_path_factory, world_s
 
 def refused(directory: str, layout: tuple[int, ...]) -> str:
     from megarl.checkpoint.huggingface import load_hf
-    from tests.checkpoint.training import build_model, run_config
+    from tests.checkpoint.training import run_config
+    from tests.models.training import build_shard
 
-    model, mappings = build_model(run_config(directory, layout), weights=False)
+    model, mappings, _ = build_shard(run_config(directory, layout), weights=False)
     before = [parameter.clone() for parameter in model.parameters()]
     try:
         load_hf(model, mappings, directory)

@@ -35,16 +35,19 @@ def test_a_matrix_in_three_boxes():
 def save(reference, layout: tuple[int, ...], dtype: str, directory: str, path: str) -> None:
     """Two steps, or what was saved at ``path``, to the checkpoint of step 2 in ``directory``."""
     from megarl.checkpoint import megatron
-    from tests.checkpoint.training import build, run_config, step
+    from tests.checkpoint.training import run_config, step
+    from tests.models.training import build
 
-    # buckets of their own size with the overlap, which pipelines of tests do without
-    t = build(run_config(reference.directory, layout, dtype=dtype), weights=not path, overlap=layout[1] == 1)
+    config = run_config(reference.directory, layout, dtype=dtype)
+    if layout[1] == 1:  # buckets of their own size, which pipelines do without
+        config.parallel.ddp = {"overlap_grad_reduce": True}
+    t = build(config, weights=not path)
     if path:
-        megatron.load(path, t.ddp, t.optimizer, t.scheduler)
+        megatron.load(path, t.model, t.optimizer, t.scheduler)
     else:
         for _ in range(2):
             step(t, reference)
-    megatron.save(megatron.step_directory(directory, 2), 2, t.ddp, t.optimizer, t.scheduler, {}, t.config)
+    megatron.save(megatron.step_directory(directory, 2), 2, t.model, t.optimizer, t.scheduler, {}, t.config)
 
 
 def stored(path: Path) -> dict[str, torch.Tensor]:

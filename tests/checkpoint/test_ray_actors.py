@@ -27,12 +27,13 @@ class Rank:
     def straight(self, reference: Reference) -> tuple:
         """A step, an asynchronous save, a step beside it; then what a resumed rank must come to."""
         from megarl.checkpoint import megatron
-        from tests.checkpoint.training import build, fingerprint, run_config, step
+        from tests.checkpoint.training import fingerprint, run_config, step
+        from tests.models.training import build
 
         t = build(run_config(reference.directory, (2, 1)))
         step(t, reference, noisy=True)
-        save = (megatron.step_directory(self.checkpoints, 1), 1, t.ddp, t.optimizer, t.scheduler, {"step": 1}, t.config)
-        handle = megatron.save(*save, async_save=True)
+        directory, trained = megatron.step_directory(self.checkpoints, 1), (t.model, t.optimizer, t.scheduler)
+        handle = megatron.save(directory, 1, *trained, {"step": 1}, t.config, async_save=True)
         loss = step(t, reference, noisy=True)
         handle.wait()
         return loss, fingerprint(t)
@@ -40,11 +41,12 @@ class Rank:
     def resumed(self, reference: Reference) -> tuple:
         from megarl.checkpoint import megatron
         from megarl.parallel import groups
-        from tests.checkpoint.training import build, fingerprint, run_config, step
+        from tests.checkpoint.training import fingerprint, run_config, step
+        from tests.models.training import build
 
         groups.destroy()
         t = build(run_config(reference.directory, (2, 1)), weights=False, seed=3)
-        extra = megatron.load(megatron.latest(self.checkpoints), t.ddp, t.optimizer, t.scheduler)
+        extra = megatron.load(megatron.latest(self.checkpoints), t.model, t.optimizer, t.scheduler)
         assert extra == {"step": 1}
         return step(t, reference, noisy=True), fingerprint(t)
 

@@ -2,22 +2,18 @@
 
 from __future__ import annotations
 
-from functools import partial
+from dataclasses import replace
 from typing import Any
 
 import torch
 
-from megarl.checkpoint.huggingface import load_hf, read_config
-from megarl.config import ModelConfig, ParallelConfig
+from megarl.checkpoint.huggingface import read_config
+from megarl.config import ModelConfig, OptimizerConfig, ParallelConfig, RunConfig
 from megarl.data.packing import multiples
 from megarl.families import family_of
-from megarl.kernels.logprob import linear_logprob
 from megarl.models.common.interleaved import chunks_of
-from megarl.models.stage import build_stage
-from megarl.parallel import groups
 from megarl.parallel.context import gathered_places
-from megarl.parallel.pipeline import forward_backward
-from tests.models.reference import BANNED, ENTROPY_COEF, TEMPERATURE, VOCAB, Batch, Reference, pack
+from tests.models.reference import VOCAB, Batch, Reference, pack
 from tests.models.sharing import in_turn
 
 
@@ -88,73 +84,32 @@ def train(
     Without ``force_all_reduce`` the gradients are whole only where the rank's optimizer needs them.
     """
     from megatron.core import parallel_state as ps
-    from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
-    from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
 
-    groups.initialize(parallel, seed=0)
-    hf = read_config(directory)
-    model = build_stage(hf, model_config, parallel)
-    load_hf(model, family_of(hf).mappings(hf), directory)
-    model.freeze(model_config.freeze)
-    ddp_config = DistributedDataParallelConfig(use_distributed_optimizer=True, grad_reduce_in_fp32=True)
-    chunks = chunks_of(model)
-    ddp = [DistributedDataParallel(chunk.config, ddp_config, chunk) for chunk in chunks]
-    chunks[0].config.finalize_model_grads_func = finalize_model_grads
-    optimizer = get_megatron_optimizer(
-        OptimizerConfig(
-            optimizer="adam",
-            lr=1e-2,
-            adam_beta2=0.95,
-            adam_eps=1e-2,
-            weight_decay=0.0,
-            clip_grad=0.0,
-            bf16=model_config.dtype == "bfloat16",
-            params_dtype=model.config.params_dtype,
-            use_distributed_optimizer=True,
-        ),
-        ddp,
-    )
-    cp_size, cp_rank = ps.get_context_parallel_world_size(), ps.get_context_parallel_rank()
-    mine = in_turn(microbatches, chunks[0])
+    from tests.models import training
+
+    model_config = replace(model_config, path=directory)
+    optimizer = OptimizerConfig(lr=1e-2, betas=(0.9, 0.95), eps=1e-2, clip_grad=1e9)
+    t = training.build(RunConfig(model=model_config, parallel=parallel, optimizer=optimizer))
+    model = t.model
     logits, attentions = [], []
     for name, module in model.named_modules():
         if name.endswith("core_attention"):
             module.register_forward_hook(lambda *_, name=name: attentions.append(name))
 
     def loss(batch: Batch, hidden: torch.Tensor) -> tuple:
-        weight = model.output_weight()
-        logits.append((hidden @ weight.T).detach())
-        rows, targets, weights = batch.local(cp_size, cp_rank)
-        logprobs, entropy, _ = linear_logprob(
-            hidden[rows],
-            weight,
-            targets,
-            temperature=TEMPERATURE,
-            banned_ids=BANNED,
-            vocab_size=model.vocab_size,
-            tp_group=ps.get_tensor_model_parallel_group(),
-            chunk_size=7,
-        )
-        value = (weights * (-logprobs - ENTROPY_COEF * entropy)).sum()
-        return value, torch.tensor(len(rows), dtype=torch.int), {}
+        logits.append((hidden @ model.output_weight().T).detach())
+        return training.token_loss(model, batch, hidden)
 
-    def forward(iterator, model):
-        batch = next(iterator)
-        return model(*batch.forward), partial(loss, batch)
-
-    for chunk in ddp:
-        chunk.zero_grad_buffer()
-    optimizer.zero_grad()
-    forward_backward(forward, ddp, mine, train=True, force_all_reduce=force_all_reduce)
+    training.train(t, in_turn(microbatches, chunks_of(model)[0]), loss, force_all_reduce=force_all_reduce)
     named = [(model.global_name(name), p) for name, p in model.named_parameters()]
     gradients = {name: p.main_grad.clone() for name, p in named if p.requires_grad}
-    _, grad_norm, _ = optimizer.step()
+    _, grad_norm, _ = t.optimizer.step()
     return {
         "grad_norm": grad_norm,
         "tensor": ps.get_tensor_model_parallel_rank(),
         "expert": ps.get_expert_model_parallel_rank(),
         "dp": ps.get_data_parallel_rank(),
-        "cp": cp_rank,
+        "cp": ps.get_context_parallel_rank(),
         "logits": logits,
         "attentions": sorted(attentions),
         "gradients": gradients,

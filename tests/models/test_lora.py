@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
-from functools import cache, partial
+from functools import cache
 from typing import Any
 
 import pytest
 import torch
 
 from megarl.config import LoraConfig, ModelConfig, OptimizerConfig, ParallelConfig, RunConfig
-from megarl.kernels.logprob import linear_logprob
 from tests.models.families import FAMILIES
 from tests.models.llava import Llava
 from tests.models.parity import LAYOUTS, MICROBATCHES, assert_near, check_logits
 from tests.models.peft_reference import PeftReference, peft_reference
-from tests.models.reference import BANNED, ENTROPY_COEF, TEMPERATURE, Batch, pack
+from tests.models.reference import Batch, pack
 from tests.models.text import Text
 
 EVERY = ["vision_tower", "projector", "decoder"]
@@ -72,50 +71,26 @@ def train(ref: PeftReference, config: RunConfig, batches: list[Batch]) -> dict[s
     from megatron.core import parallel_state as ps
 
     from megarl.models.common.lora import adapters_off
-    from megarl.parallel import groups
-    from megarl.parallel.pipeline import forward_backward
-    from megarl.workers.build import add_adapters, build_model, build_trainable
+    from tests.models import training
 
-    groups.initialize(config.parallel, seed=0)
-    model, mappings = build_model(config, ref.directory)
-    adapters = add_adapters(config, model, mappings)
-    trained = build_trainable(config, model, config.optimizer, num_updates=1)
-    (ddp,), optimizer = trained.ddp, trained.optimizer
+    t = training.build(config)
+    model, (ddp,) = t.model, t.ddp
     base = {n: p.detach().clone() for n, p in model.named_parameters() if ".adapter." not in n}
-    logits: list[torch.Tensor] = []
+    bare, whole = [], []
 
-    def loss(batch: Batch, hidden: torch.Tensor) -> tuple:
-        weight = model.output_weight()
-        logits.append((hidden @ weight.T).detach())
-        logprobs, entropy, _ = linear_logprob(
-            hidden[batch.rows],
-            weight,
-            batch.targets,
-            temperature=TEMPERATURE,
-            banned_ids=BANNED,
-            vocab_size=model.vocab_size,
-            tp_group=ps.get_tensor_model_parallel_group(),
-        )
-        value = (batch.weights * (-logprobs - ENTROPY_COEF * entropy)).sum()
-        return value, torch.tensor(len(batch.rows), dtype=torch.int), {}
+    def loss_to(logits: list[torch.Tensor]):
+        def loss(batch: Batch, hidden: torch.Tensor) -> tuple:
+            logits.append((hidden @ model.output_weight().T).detach())
+            return training.token_loss(model, batch, hidden)
 
-    def forward(iterator, model):
-        batch = next(iterator)
-        return model(*batch.forward), partial(loss, batch)
-
-    def run(module: torch.nn.Module, *, train: bool) -> list[torch.Tensor]:
-        logits.clear()
-        forward_backward(forward, [module], batches, train=train)
-        return list(logits)
+        return loss
 
     with torch.no_grad(), adapters_off(model):
-        bare = run(model, train=False)
-    ddp.zero_grad_buffer()
-    optimizer.zero_grad()
-    whole = run(ddp, train=True)
+        training.run([model], batches, loss_to(bare), train=False)
+    training.train(t, batches, loss_to(whole))
     named = {model.global_name(n): p for n, p in model.named_parameters() if ".adapter." in n}
     gradients = {n: p.main_grad.clone() for n, p in named.items()}
-    _, norm, _ = optimizer.step()
+    _, norm, _ = t.optimizer.step()
     after = {n: p for n, p in model.named_parameters() if ".adapter." not in n}
     assert all(torch.equal(value, base[n]) for n, value in after.items())
     assert {id(p) for p in ddp.param_to_bucket_group} == {id(p) for p in named.values()}
@@ -123,7 +98,7 @@ def train(ref: PeftReference, config: RunConfig, batches: list[Batch]) -> dict[s
         "tensor": ps.get_tensor_model_parallel_rank(),
         "dp": 0,
         "cp": 0,
-        "adapters": adapters,
+        "adapters": t.adapters,
         "bare": bare,
         "logits": whole,
         "gradients": gradients,
