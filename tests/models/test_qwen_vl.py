@@ -41,35 +41,6 @@ def test_packing_and_order_change_nothing(pool, references, layout, microbatches
     assert_near(joined(results, "gradients", ref.directory), ref.gradients)
 
 
-EVERYTHING = ["core_attn", "layernorm", "mlp"]
-
-
-@pytest.mark.parametrize(
-    ("family", "name", "layout", "recompute", "modules", "times"),
-    [
-        ("qwen2_5_vl", "gqa4_untied", "tp1", "full", [], 2),
-        ("qwen2_5_vl", "gqa4_untied", "tp2_pp2", "full", [], 2),
-        ("qwen3_vl", "seed1", "tp1", "full", [], 2),
-        ("qwen3_vl", "seed1", "tp2_sp_pp2", "full", [], 2),
-        ("qwen2_5_vl", "gqa4_untied", "tp1", "selective", ["core_attn"], 2),
-        ("qwen2_5_vl", "gqa4_untied", "tp1", "selective", ["layernorm"], 1),
-        ("qwen2_5_vl", "gqa4_untied", "tp1", "selective", ["mlp"], 1),
-        ("qwen2_5_vl", "gqa4_untied", "tp2_sp", "selective", EVERYTHING, 2),
-        ("qwen3_vl", "seed1", "tp2_sp_pp2", "selective", EVERYTHING, 2),
-    ],
-)
-def test_recompute_changes_nothing(pool, references, family, name, layout, recompute, modules, times):
-    """``times``: how often attention is computed."""
-    ref = references(name, family)
-    kept = run(pool, ref, layout)
-    recomputed = run(pool, ref, layout, model=ModelConfig(recompute=recompute, recompute_modules=modules))
-    for first, second in zip(kept, recomputed, strict=True):
-        assert first["attentions"]
-        assert second["attentions"] == sorted(first["attentions"] * times)
-    ours, plain = (joined(results, "gradients", ref.directory) for results in (recomputed, kept))
-    assert [name for name in plain if not torch.equal(ours[name], plain[name])] == []
-
-
 @pytest.mark.parametrize("layout", ["dp2", "tp2_dp2"])
 def test_reduce_scattered_gradients_give_the_same_step(pool, references, layout):
     ref = references("gqa4_untied")

@@ -13,7 +13,8 @@ from tests.models.reference import reference
 SKEWED = [[3, 5], [0], [4], [5, 2], [0], [6, 1], [4], [0], [4], [0], [0], [4]]
 
 
-LAYOUTS = ["dp2", "dp4", "tp2_dp2", "pp2_dp2", "pp2_vpp2_dp2", "cp2", "cp2_dp2", "cp2_pp2", "tp2_sp_cp2"]
+# beside those of tests/workers/test_vision_sharing.py
+LAYOUTS = ["dp4", "pp2_vpp2_dp2", "cp2", "cp2_pp2", "tp2_sp_cp2"]
 
 
 @pytest.fixture(scope="module")
