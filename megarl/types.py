@@ -199,15 +199,29 @@ class VisionShare:
 
 
 @dataclass
-class PackedBatch:
-    """One microbatch of a data-parallel rank: sequences laid end to end, labels already shifted.
+class Streams:
+    """What is said of the N actions of a microbatch, in order.
 
-    A prompt that several sequences share may stand there once, as their parent.
+    Arrays are numpy on the way to a rank. Reference log-probs, and ``old_logprobs`` that no reward depends on, are made
+    on the ranks.
+    """
 
-    Position t holds the token that is read; where ``is_action`` is set, the token that is predicted from it is trained,
-    and the streams [N] speak of these predictions, in order. Arrays are numpy on the way to a rank, where each byte is
-    sent to every rank of a replica: integers have 32 bits, and what follows from the rest does not travel. Reference
-    log-probs, and ``old_logprobs`` that no reward depends on, are made on the ranks.
+    loss_weights: np.ndarray  # [N] float32
+    advantages: np.ndarray  # [N] float32
+    rollout_logprobs: np.ndarray  # [N] float32
+    expert_mask: np.ndarray  # [N] bool, True where an expert acted
+    old_logprobs: np.ndarray | None = None  # [N] float32; None: made on the ranks
+    values: np.ndarray | None = None  # [N] float32; None: there is no critic
+    returns: np.ndarray | None = None  # [N] float32; None: there is no critic
+
+
+@dataclass
+class TokenPayload:
+    """Sequences of T tokens laid end to end, from which a model predicts the actions.
+
+    A prompt that several sequences share may stand there once, as their parent. Position t holds the token that is
+    read; where ``is_action`` is set, the token that is predicted from it is an action. Each byte is sent to every rank
+    of a replica: integers have 32 bits, and what follows from the rest does not travel.
     """
 
     tokens: np.ndarray  # [T] int32
@@ -217,18 +231,7 @@ class PackedBatch:
     lengths: np.ndarray  # [S] int32, tokens of each sequence that are not padding
     parents: np.ndarray  # [S] int32, the sequence whose tokens come before this one's (a shared prompt); -1: none
     is_action: np.ndarray  # [T] bool, False on prompts, tools and padding
-    loss_weights: np.ndarray  # [N] float32, none of them 0
-    advantages: np.ndarray  # [N] float32
-    rollout_logprobs: np.ndarray  # [N] float32
-    expert_mask: np.ndarray  # [N] bool, True where an expert acted
     vision: list[VisionShare | None]  # by context-parallel rank; None: no rank shows an image
-    old_logprobs: np.ndarray | None = None  # [N] float32; None: made on the ranks
-    values: np.ndarray | None = None  # [N] float32; None: there is no critic
-    returns: np.ndarray | None = None  # [N] float32; None: there is no critic
-
-    @property
-    def num_actions(self) -> int:
-        return len(self.loss_weights)
 
     @property
     def labels(self) -> np.ndarray:
@@ -243,6 +246,18 @@ class PackedBatch:
     def sequence_ids(self) -> np.ndarray:
         """[T] int64, index into the S sequences."""
         return np.repeat(np.arange(len(self.lengths)), np.diff(self.cu_seqlens))
+
+
+@dataclass
+class PackedBatch:
+    """One microbatch of a data-parallel rank: streams of its actions, and what a model reads to take them."""
+
+    streams: Streams
+    payload: TokenPayload
+
+    @property
+    def num_actions(self) -> int:
+        return len(self.streams.loss_weights)
 
 
 @dataclass

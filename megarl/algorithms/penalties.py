@@ -41,7 +41,11 @@ def kl_divergence(logprobs: Tensor, ref_logprobs: Tensor, estimator: str) -> Ten
 
 def penalties(actions: Actions, config: AlgorithmConfig) -> tuple[Tensor, Metrics]:
     """What ``algorithm.kl_coef`` and ``algorithm.entropy_coef`` add to the loss [N], and what to log of it."""
-    loss, metrics = -config.entropy_coef * actions.entropy, {"actor/entropy": actions.entropy.detach()}
+    loss, metrics = torch.zeros_like(actions.logprobs), {}
+    if actions.entropy is not None:
+        loss, metrics = -config.entropy_coef * actions.entropy, {"actor/entropy": actions.entropy.detach()}
+    elif config.entropy_coef:
+        raise ValueError(f"algorithm.entropy_coef={config.entropy_coef}: these actions have no entropy")
     if actions.ref_logprobs is not None and config.kl_placement == "loss":
         kl = kl_divergence(actions.logprobs, actions.ref_logprobs, config.kl_estimator)
         if actions.expert_mask is not None:  # an estimate from actions that the policy sampled

@@ -25,7 +25,7 @@ class Actions:
     """What a loss may look at: ``N`` actions of ``num_sequences`` sequences."""
 
     logprobs: Tensor  # [N] under the policy being trained, with gradient
-    entropy: Tensor  # [N] of the policy's distribution, with gradient
+    entropy: Tensor | None  # [N] of the policy's distribution, with gradient; None: not known of this kind of action
     old_logprobs: Tensor  # [N] under the policy at the start of the step
     ref_logprobs: Tensor | None  # [N] under the reference; None without one
     rollout_logprobs: Tensor  # [N] as the engine sampled
@@ -240,6 +240,8 @@ def srft(actions: Actions, config: AlgorithmConfig) -> tuple[Tensor, Metrics]:
     Confidence sets the weights: 0.5 exp(-H) of imitation and 0.1 exp(H) of what went right, where H is the mean entropy
     over the sequence. Own advantages are 1 and -1 (``algorithm.advantage=srft``).
     """
+    if actions.entropy is None:
+        raise ValueError("algorithm.policy_loss=srft weighs by the entropy, which these actions do not have")
     entropy = actions.mean_by_sequence(actions.entropy.detach())
     advantages, logprobs = actions.advantages, actions.logprobs
     own = -torch.where(advantages > 0, 0.1 * entropy.exp() * advantages, advantages) * logprobs

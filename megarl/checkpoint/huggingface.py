@@ -204,9 +204,8 @@ def check_keys(reader: HFReader, mappings: list[Mapping], *, duplicate: str | No
     Buffers that the configuration determines are no problem; nor is ``duplicate_of`` the model.
     """
     expected = {name for mapping in mappings for name in mapping.hf}
-    optional = {name for mapping in mappings for name in mapping.optional}
     allowed = expected | {duplicate}
-    missing = sorted(name for name in expected - optional if name not in reader)
+    missing = sorted(name for name in expected if name not in reader)
     unknown = sorted(name for name in reader.keys() if name not in allowed and not DERIVED.fullmatch(name))  # noqa: SIM118
     problems = [f"missing keys: {listed(missing)}"] if missing else []
     return problems + ([f"unknown keys: {listed(unknown)}"] if unknown else [])
@@ -232,14 +231,9 @@ def parameters_of(model: nn.Module, global_name: Callable[[str], str]) -> dict[s
     return found
 
 
-def hf_tensors(mapping: Mapping, fetch: Callable[[str], Tensor], present: Callable[[str], bool]) -> dict[str, Tensor]:
-    """The tensors that ``mapping`` is made of, absent optional ones left out."""
-    return {name: fetch(name) for name in mapping.hf if name not in mapping.optional or present(name)}
-
-
 def _shape_problem(mapping: Mapping, reader: HFReader, parameter: nn.Parameter) -> str | None:
     """Run the mapping on tensors without data and compare the shard's shape with the parameter's."""
-    tensors = hf_tensors(mapping, reader.meta, reader.__contains__)
+    tensors = {name: reader.meta(name) for name in mapping.hf}
     stored = ", ".join(f"{name} {list(tensor.shape)}" for name, tensor in tensors.items())
     try:
         shape = mapping.split(mapping.to_megatron(tensors), shard_group(mapping.parallelism).size())[0].shape
@@ -291,7 +285,7 @@ def load_hf(model: nn.Module, mappings: list[Mapping], directory: str | Path) ->
     local = parameters_of(model, model.global_name)
     for mapping in mappings:
         if mapping.megatron in local:
-            whole = mapping.to_megatron(hf_tensors(mapping, reader.__getitem__, reader.__contains__))
+            whole = mapping.to_megatron({name: reader[name] for name in mapping.hf})
             group = shard_group(mapping.parallelism)
             shard = mapping.split(whole, group.size())[group.rank()]
             for parameter in local[mapping.megatron]:

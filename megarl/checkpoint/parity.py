@@ -62,7 +62,7 @@ def compare_tensors(tensors: Iterable[tuple[str, Tensor]], mappings: list[Mappin
             "sha256": sha256(stored),
             "sha256_round_trip": sha256(tensor.to(stored.dtype)),
         }
-    expected = {name for mapping in mappings for name in mapping.hf} - {n for m in mappings for n in m.optional}
+    expected = {name for mapping in mappings for name in mapping.hf}
     duplicates, output, embedding = {}, family_of(read_config(reader.directory)).output_matrix, embedding_of(mappings)
     if output in reader and output not in compared and embedding in reader:
         duplicates[output] = {"of": embedding, "equal": torch.equal(reader[output], reader[embedding])}

@@ -19,7 +19,7 @@ from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, Metadata
 from torch.distributed.checkpoint.planner import LoadPlan, ReadItem
 from torch.distributed.checkpoint.planner_helpers import create_read_items_for_chunk_list
 
-from megarl.checkpoint.huggingface import CheckpointError, HFReader, hf_tensors
+from megarl.checkpoint.huggingface import CheckpointError, HFReader
 from megarl.checkpoint.writer import TensorSource
 from megarl.models.mapping import Mapping
 
@@ -41,7 +41,7 @@ def _parts(entry: Entry, data: Tensor) -> list[ShardedTensor]:
 
 def whole_parameter(mapping: Mapping, reader: HFReader, dtype: torch.dtype) -> Tensor:
     """The Megatron parameter of ``mapping``, from the files of ``reader``."""
-    return mapping.to_megatron(hf_tensors(mapping, reader.__getitem__, reader.__contains__)).to(dtype)
+    return mapping.to_megatron({name: reader[name] for name in mapping.hf}).to(dtype)
 
 
 def parameter_source(

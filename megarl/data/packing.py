@@ -9,14 +9,14 @@ import bisect
 import itertools
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import numpy as np
 
 from megarl.config import ParallelConfig, RunConfig
 from megarl.data.processors import Processor
 from megarl.data.sharing import Encoding, share_images
-from megarl.types import Media, PackedBatch, Sample
+from megarl.types import Media, PackedBatch, Sample, Streams, TokenPayload
 
 PositionIds = Callable[[np.ndarray, Media], np.ndarray]  # tokens [L] -> [3 or 1, L]
 
@@ -127,7 +127,9 @@ def pack_microbatch(bins: Sequence[Sequence[Sample]], packing: Packing) -> list[
     """The bin of each data-parallel rank, laid out, with its share of the images of all bins."""
     laid_out = [_lay_out(samples, packing) for samples in bins]
     shares = share_images([media for _, media in laid_out], packing.encoding)
-    return [replace(batch, vision=vision) for (batch, _), vision in zip(laid_out, shares, strict=True)]
+    for (batch, _), vision in zip(laid_out, shares, strict=True):
+        batch.payload.vision = vision
+    return [batch for batch, _ in laid_out]
 
 
 def _lay_out(samples: Sequence[Sample], packing: Packing) -> tuple[PackedBatch, Media]:
@@ -141,7 +143,7 @@ def _lay_out(samples: Sequence[Sample], packing: Packing) -> tuple[PackedBatch, 
             places = packing.position_ids(sample.tokens[:-1].astype(np.int64), sample.media)
             positions[id(sample)] = places.astype(np.int32)
         read, predicted = slice(segment.start, segment.stop), slice(segment.start + 1, segment.stop + 1)
-        is_action = _stream(sample.loss_weights, predicted) != 0
+        is_action = sample.loss_mask[predicted]
         part = sample.tokens[read].astype(np.int32), is_action, positions[id(sample)][:, read]
         streams = [sample.loss_weights, sample.advantages, sample.rollout_logprobs, sample.expert_mask]
         streams += [getattr(sample, name) for name in packing.estimates]
@@ -160,7 +162,7 @@ def _lay_out(samples: Sequence[Sample], packing: Packing) -> tuple[PackedBatch, 
         last_labels.append(packing.pad_token_id)
     tokens, is_action, position_ids = _join(parts)
     weights, advantages, logprobs, expert_mask, *estimates = np.concatenate(actions, axis=1)
-    batch = PackedBatch(
+    payload = TokenPayload(
         tokens=tokens,
         last_labels=np.array(last_labels, np.int32),
         position_ids=position_ids,
@@ -168,14 +170,16 @@ def _lay_out(samples: Sequence[Sample], packing: Packing) -> tuple[PackedBatch, 
         lengths=np.array(lengths, np.int32),
         parents=np.array(parents, np.int32),
         is_action=is_action,
+        vision=[],
+    )
+    streams = Streams(
         loss_weights=weights,
         advantages=advantages,
         rollout_logprobs=logprobs,
         expert_mask=expert_mask.astype(bool),
-        vision=[],
         **dict(zip(packing.estimates, estimates, strict=True)),
     )
-    return batch, Media.concatenate([segment.media for segment in segments])
+    return PackedBatch(streams, payload), Media.concatenate([segment.media for segment in segments])
 
 
 _Streams = tuple[np.ndarray, ...]  # tokens, whether they predict an action, position ids

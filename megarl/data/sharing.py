@@ -152,13 +152,13 @@ def balance_metrics(minibatches: Sequence[Sequence[Sequence[PackedBatch]]]) -> d
     has, over the sum of what a rank has on average; 1 where there is nothing.
     """
     rounds = [batches for minibatch in minibatches for batches in zip(*minibatch, strict=True)]
-    shares = [[share for batch in batches for share in batch.vision] for batches in rounds]
+    shares = [[share for batch in batches for share in batch.payload.vision] for batches in rounds]
     patches = [[share.media.num_patches if share else 0 for share in ranks] for ranks in shares]
     return {
         "vision/patches": float(sum(map(sum, patches))),
         "vision/patch_imbalance": _imbalance(patches),
         "vision/cost_imbalance": _imbalance([[share.cost if share else 0.0 for share in ranks] for ranks in shares]),
-        "perf/token_imbalance": _imbalance([[len(batch.tokens) for batch in batches] for batches in rounds]),
+        "perf/token_imbalance": _imbalance([[len(batch.payload.tokens) for batch in batches] for batches in rounds]),
     }
 
 

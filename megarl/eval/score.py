@@ -97,7 +97,6 @@ def to_sample(row: Row, processor: Processor) -> Sample:
         group_id=0,
         loss_mask=responded,
         rollout_logprobs=np.zeros(len(tokens), np.float32),
-        loss_weights=responded.astype(np.float32),
         tokens=tokens,
         media=encoded.media,
     )

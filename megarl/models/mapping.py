@@ -8,7 +8,7 @@ nothing else knows a parameter's name. Everything here is a pure function of ten
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -28,7 +28,6 @@ class Mapping:
     hf: tuple[str, ...]  # names in the checkpoint's files
     shard_dim: int | None = None  # None: replicated
     parallelism: str = "tensor"
-    optional: tuple[str, ...] = field(default=())  # of ``hf``: may be absent from a checkpoint
 
     def to_megatron(self, tensors: HFTensors) -> Tensor:
         """The whole Megatron parameter, from all tensors named in ``hf``."""

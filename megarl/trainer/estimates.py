@@ -27,8 +27,6 @@ class Estimator:
         algorithm = self.config.algorithm
         if not self.config.has_critic and not algorithm.kl_in_reward:
             return {}
-        for sample in samples:
-            sample.loss_weights = sample.loss_mask.astype(np.float32)
         bins = assign_to_bins(samples, self.packing, self.workers.data_parallel_size)
         estimates = self.workers.estimate(pack_assigned(samples, bins, self.packing))
         for name in STREAMS:

@@ -193,7 +193,6 @@ class WeightSync:
             group_id=0,
             loss_mask=self.scored,
             rollout_logprobs=np.zeros(len(tokens), np.float32),
-            loss_weights=self.scored.astype(np.float32),
             tokens=tokens,
             media=self.canary.media,
         )

@@ -15,10 +15,11 @@ from megarl.algorithms.policy_losses import Metrics, value_loss
 from megarl.config import RunConfig
 from megarl.models.common.interleaved import chunks_of
 from megarl.models.common.value_head import ValueHead
+from megarl.workers.action import ActionKind
 from megarl.workers.build import add_adapters, build_model, build_trainable
 from megarl.workers.microbatch import MicroBatch
 from megarl.workers.offload import Offload
-from megarl.workers.passes import Outputs, Totals, keep
+from megarl.workers.passes import Outputs, Totals, forward_only
 
 from megatron.core.transformer.module import MegatronModule  # isort: skip
 
@@ -32,7 +33,7 @@ def add_value_head(model: MegatronModule) -> None:
 
 def action_values(model: MegatronModule, m: MicroBatch, hidden: Tensor) -> Tensor:
     """Values [N] of the actions, from the hidden states [T / cp, H] of the last stage."""
-    return chunks_of(model)[-1].value_head(hidden[m.rows])
+    return chunks_of(model)[-1].value_head(hidden[m.inputs.rows])
 
 
 def value_losses(model: MegatronModule, m: MicroBatch, hidden: Tensor, clip: float) -> tuple[Tensor, Metrics]:
@@ -45,9 +46,9 @@ def value_losses(model: MegatronModule, m: MicroBatch, hidden: Tensor, clip: flo
 class Critic:
     """A rank's shard of a model with a value head and an optimizer of its own."""
 
-    def __init__(self, config: RunConfig, *, weights: bool) -> None:
+    def __init__(self, config: RunConfig, kind: ActionKind, *, weights: bool) -> None:
         """``weights=False``: a checkpoint will be loaded over the initial values; adapters are all that it holds."""
-        self.config = config
+        self.config, self.kind = config, kind
         path, lora = config.critic.path or config.model.path, config.model.lora
         self.model, mappings = build_model(config, path, weights=weights or lora.rank > 0)
         own = replace(config, model=replace(config.model, path=path, lora=replace(lora, path="")))
@@ -71,14 +72,14 @@ class Critic:
     def values(self, microbatches: list[MicroBatch]) -> list[Tensor]:
         """Values [N] of each microbatch on the last stage, nothing elsewhere."""
         self.offload.restore("parameters")
-        return keep(self.model, microbatches, partial(action_values, self.model))
+        return forward_only(self.model, microbatches, self.kind.forward, partial(action_values, self.model))
 
     def train(self, minibatches: list[list[MicroBatch]], totals: Totals) -> None:
         """The step's optimizer updates; the policy's pass counts the actions."""
         self.offload.restore("parameters", "gradients", "optimizer")
         for _ in range(self.config.algorithm.num_epochs):
             for minibatch in minibatches:
-                outputs, grad_norm, lr = self.trained.update(minibatch, self._loss)
+                outputs, grad_norm, lr = self.trained.update(minibatch, self.kind.forward, self._loss)
                 totals.add(outputs)
                 totals.values |= {"critic/grad_norm": grad_norm, "critic/lr": lr}
         self.trained.gather_parameters()
@@ -86,5 +87,5 @@ class Critic:
     def _loss(self, m: MicroBatch, hidden: Tensor) -> Outputs:
         """The sum over the actions, which the schedule divides by their number; every action weighs the same."""
         loss, metrics = value_losses(self.model, m, hidden, self.config.critic.clip)
-        count = torch.full((), len(m.rows), dtype=torch.int, device=hidden.device)
+        count = torch.full((), len(m), dtype=torch.int, device=hidden.device)
         return loss.sum(), count, (0, {name: value.sum() for name, value in metrics.items()}, {})

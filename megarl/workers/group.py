@@ -41,7 +41,7 @@ class _RankActor(PolicyWorker):
     def with_share(self, method: str, bins: Any, shares: Any, *args: Any) -> Any:
         """``method`` with ``bins`` made whole: their images travel by themselves, and not past the first stage."""
         if shares is not None:
-            bins = _each(lambda batch, vision: replace(batch, vision=vision), bins, shares)
+            bins = _each(with_vision, bins, shares)
         return getattr(self, method)(bins, *args)
 
 
@@ -167,17 +167,22 @@ class WorkerGroup:
             ray.kill(rank)
 
 
+def with_vision(batch: PackedBatch, vision: list[VisionShare | None]) -> PackedBatch:
+    """``batch`` with other images."""
+    return replace(batch, payload=replace(batch.payload, vision=vision))
+
+
 def streams_of(batch: PackedBatch) -> PackedBatch:
     """``batch`` without images."""
-    return replace(batch, vision=[])
+    return with_vision(batch, [])
 
 
 def share_of(batch: PackedBatch, *, context_parallel_rank: int, decodes: bool) -> list[VisionShare | None]:
-    """``batch.vision`` without the images that other ranks encode, nor their files unless the rank ``decodes``."""
-    share = batch.vision[context_parallel_rank]
+    """``payload.vision`` without the images that other ranks encode, nor their files unless the rank ``decodes``."""
+    share = batch.payload.vision[context_parallel_rank]
     if share is not None and not decodes:
         share = replace(share, media=share.media.without_files())
-    return [share if rank == context_parallel_rank else None for rank in range(len(batch.vision))]
+    return [share if rank == context_parallel_rank else None for rank in range(len(batch.payload.vision))]
 
 
 def _each(function: Callable[..., Any], bins: Any, *others: Any) -> Any:

@@ -22,10 +22,10 @@ from megatron.core.distributed import DistributedDataParallel  # isort: skip
 from megatron.core.optimizer import MegatronOptimizer  # isort: skip
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler  # isort: skip
 from megatron.core.transformer.module import MegatronModule  # isort: skip
-from megatron.core.utils import get_attr_wrapped_model  # isort: skip
 
 Outputs = tuple[Tensor, Tensor, Any]  # loss, number of actions, what is returned for the microbatch
-After = Callable[[MicroBatch, Tensor], Outputs]  # from the hidden states [T / cp, H] of a microbatch
+Forward = Callable[[nn.Module, MicroBatch], Tensor]  # of a kind of action
+After = Callable[[MicroBatch, Tensor], Outputs]  # from the last stage's output on a microbatch
 
 
 @dataclass
@@ -76,12 +76,12 @@ class Trained:
             for group in part.optimizer.param_groups:
                 group.setdefault("step", 0)
 
-    def update(self, microbatches: list[MicroBatch], after: After) -> tuple[list[Any], float, float]:
+    def update(self, microbatches: list[MicroBatch], forward: Forward, after: After) -> tuple[list[Any], float, float]:
         """An optimizer step on ``microbatches``; results by ``after``, the gradient's norm and the learning rate."""
         for chunk in self.ddp:
             chunk.zero_grad_buffer()
         self.optimizer.zero_grad()
-        outputs = run(self.ddp, microbatches, self._with_own_weights(after), train=True)
+        outputs = run_schedule(self.ddp, microbatches, forward, self._with_own_weights(after), train=True)
         self.scheduler.step(increment=1)
         _, grad_norm, _ = self.optimizer.step()
         for chunk in self._overlapping(hooked=False):
@@ -107,46 +107,52 @@ class Trained:
         """``after`` once all parameters are there: it reads some outside of a module's forward (output matrix)."""
         chunks = self._overlapping(hooked=True)
 
-        def wait(m: MicroBatch, hidden: Tensor) -> Outputs:
+        def wait(m: MicroBatch, output: Tensor) -> Outputs:
             for chunk in chunks:
                 for group in chunk.bucket_groups + chunk.expert_parallel_bucket_groups:
                     group.finish_param_sync(skip_next_bucket_dispatch=True)
-            return after(m, hidden)
+            return after(m, output)
 
         return wait if chunks else after
 
 
-def run(chunks: Sequence[nn.Module], microbatches: list[MicroBatch], after: After, *, train: bool) -> list[Any]:
+def run_schedule(
+    chunks: Sequence[nn.Module], microbatches: list[MicroBatch], forward: Forward, after: After, *, train: bool
+) -> list[Any]:
     """Send ``microbatches`` through the pipeline; what ``after`` returns for each of them on the last stage."""
 
-    def forward(iterator: Iterator[MicroBatch], module: nn.Module) -> tuple[Tensor, Callable]:
+    def step(iterator: Iterator[MicroBatch], module: nn.Module) -> tuple[Tensor, Callable]:
         m = next(iterator)
-        vision = m.shown() if get_attr_wrapped_model(module, "pre_process") else None
-        return module(m.tokens, m.position_ids, m.cu_seqlens, vision, m.parents), partial(after, m)
+        return forward(module, m), partial(after, m)
 
-    return forward_backward(forward, chunks, microbatches, train=train)
+    return forward_backward(step, chunks, microbatches, train=train)
 
 
-def keep(model: MegatronModule, microbatches: list[MicroBatch], of: Callable[[MicroBatch, Tensor], Tensor]) -> list:
+def forward_only(
+    model: MegatronModule,
+    microbatches: list[MicroBatch],
+    forward: Forward,
+    of: Callable[[MicroBatch, Tensor], Tensor],
+) -> list[Tensor]:
     """``of`` the actions [N] of each microbatch on the last stage, without gradient; nothing elsewhere."""
 
-    def after(m: MicroBatch, hidden: Tensor) -> Outputs:
-        return hidden.new_zeros(()), torch.zeros((), dtype=torch.int, device=hidden.device), of(m, hidden)
+    def after(m: MicroBatch, output: Tensor) -> Outputs:
+        return output.new_zeros(()), torch.zeros((), dtype=torch.int, device=output.device), of(m, output)
 
     with torch.no_grad():
-        return run(chunks_of(model), microbatches, after, train=False)
+        return run_schedule(chunks_of(model), microbatches, forward, after, train=False)
 
 
-def whole(microbatches: list[MicroBatch], outputs: list[Tensor]) -> list[np.ndarray] | None:
-    """The ``outputs`` [N] of ``keep`` with those of other context-parallel ranks, or None where others answer."""
+def gather_context_parallel(microbatches: list[MicroBatch], outputs: list[Tensor]) -> list[np.ndarray] | None:
+    """The ``outputs`` [N] of ``forward_only`` with those of other context-parallel ranks; None where others answer."""
     group = parallel_state.get_context_parallel_group()
     everything = [
         collect(output, m.places, m.num_actions, group)
         for m, output in zip(microbatches, outputs, strict=bool(outputs))
     ]
-    return [output.cpu().numpy() for output in everything] if speaks() and group.rank() == 0 else None
+    return [output.cpu().numpy() for output in everything] if is_reporting_rank() and group.rank() == 0 else None
 
 
-def speaks() -> bool:
+def is_reporting_rank() -> bool:
     """Whether this rank answers for its actions: of the ranks that have the same, one does."""
     return parallel_state.is_pipeline_last_stage() and parallel_state.get_tensor_model_parallel_rank() == 0

@@ -24,7 +24,7 @@ def mark_selected(microbatches: list[MicroBatch], select: Selection, config: Alg
     group = parallel_state.get_data_parallel_group(with_context_parallel=True)
     everything, start = _gather_columns(columns, group)
     mine = select(*everything, config)[start : start + columns.shape[1]]
-    for microbatch, selected in zip(microbatches, mine.split([len(m.rows) for m in microbatches]), strict=True):
+    for microbatch, selected in zip(microbatches, mine.split([len(m) for m in microbatches]), strict=True):
         microbatch.selected = selected
 
 

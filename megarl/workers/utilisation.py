@@ -29,7 +29,7 @@ def microbatch_flops(chunks: Sequence[nn.Module], m: MicroBatch, *, cp_size: int
 
     The decoder, its head on the actions, and the matrices of a vision tower; not the tower's attention and projector.
     """
-    lengths = m.cu_seqlens.diff().double()
+    lengths = m.inputs.cu_seqlens.diff().double()
     tokens, squares = float(lengths.sum()) / cp_size, float((lengths**2).sum()) / cp_size
     flops = 0.0
     for chunk in chunks:
@@ -39,10 +39,10 @@ def microbatch_flops(chunks: Sequence[nn.Module], m: MicroBatch, *, cp_size: int
             weights=matrix_numbers(layers), tokens=tokens, attention=heads * config.kv_channels, squares=squares
         )
         if chunk.post_process:
-            flops += forward_flops(weights=chunk.output_weight().numel(), tokens=len(m.rows))
-        if m.vision is not None and chunk.pre_process:
+            flops += forward_flops(weights=chunk.output_weight().numel(), tokens=len(m))
+        if m.inputs.vision is not None and chunk.pre_process:
             tower = chunk.vision_model.blocks
-            flops += forward_flops(weights=matrix_numbers(tower), tokens=int(m.vision.grids.prod(1).sum()))
+            flops += forward_flops(weights=matrix_numbers(tower), tokens=int(m.inputs.vision.grids.prod(1).sum()))
     return training_flops(flops)
 
 

@@ -1,10 +1,14 @@
 """The KL in the reward. Penalties in the loss are in test_losses.py and test_presets.py."""
 
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
+import torch
 
 from megarl.algorithms.advantages import total_rewards
-from megarl.algorithms.penalties import KLController, apply_kl_penalty
+from megarl.algorithms.penalties import KLController, apply_kl_penalty, penalties
+from megarl.config import AlgorithmConfig
 from tests.algorithms.test_advantages import trajectory
 
 
@@ -27,3 +31,12 @@ def test_the_kl_in_the_reward_by_hand():
     assert metrics["actor/reward_kl_penalty_coeff"] == 0.1
     assert controller.coef == pytest.approx(0.1 * (1 + (0.5 / 3) * 3 / 100))
     assert total_rewards([first, second]) == pytest.approx([1 - 0.65, 2 - 0.1])
+
+
+def test_a_bonus_for_entropy_needs_actions_that_have_one():
+    actions = SimpleNamespace(logprobs=torch.zeros(3), entropy=None, ref_logprobs=None, expert_mask=None)
+    loss, metrics = penalties(actions, AlgorithmConfig(entropy_coef=0.0))
+    assert loss.tolist() == [0, 0, 0]
+    assert "actor/entropy" not in metrics
+    with pytest.raises(ValueError, match=r"algorithm\.entropy_coef=0\.1: these actions have no entropy"):
+        penalties(actions, AlgorithmConfig(entropy_coef=0.1))

@@ -39,29 +39,29 @@ def sample(length, *, group=0, image=None, start=0):
 
 def laid_out(batch, name):
     """[T]: the stream ``name`` [N] at its places, 0 elsewhere."""
-    values = getattr(batch, name)
-    stream = np.zeros(len(batch.tokens), values.dtype)
-    stream[batch.is_action] = values
+    values = getattr(batch.streams, name)
+    stream = np.zeros(len(batch.payload.tokens), values.dtype)
+    stream[batch.payload.is_action] = values
     return stream
 
 
 def test_every_stream_speaks_of_the_token_that_is_predicted():
     batch = pack([sample(4, start=10), sample(7, start=20, image=b"x")], packing(pad_token_id=99))
     # 3 + 6 tokens are read; padded to 12
-    np.testing.assert_array_equal(batch.tokens, [10, 11, 12, 20, 21, 22, 23, 24, 25, 99, 99, 99])
-    np.testing.assert_array_equal(batch.labels, [11, 12, 13, 21, 22, 23, 24, 25, 26, 99, 99, 99])
+    np.testing.assert_array_equal(batch.payload.tokens, [10, 11, 12, 20, 21, 22, 23, 24, 25, 99, 99, 99])
+    np.testing.assert_array_equal(batch.payload.labels, [11, 12, 13, 21, 22, 23, 24, 25, 26, 99, 99, 99])
     np.testing.assert_array_equal(laid_out(batch, "loss_weights"), [0, 0.5, 0.5, 0, 0.5, 0.5, 0.5, 0.5, 0.5, 0, 0, 0])
     np.testing.assert_array_equal(laid_out(batch, "advantages"), laid_out(batch, "loss_weights") * 4)
     np.testing.assert_array_equal(laid_out(batch, "rollout_logprobs"), [0, -2, -3, 0, -2, -3, -4, -5, -6, 0, 0, 0])
     np.testing.assert_array_equal(
         laid_out(batch, "expert_mask"), [False, False, True] + [False, False, True] + [False] * 6
     )
-    np.testing.assert_array_equal(batch.cu_seqlens, [0, 3, 9, 12])
-    np.testing.assert_array_equal(batch.parents, [-1, -1, -1])
-    np.testing.assert_array_equal(batch.sequence_ids, [0] * 3 + [1] * 6 + [2] * 3)
-    np.testing.assert_array_equal(batch.position_ids, [[0, 1, 2, *range(100, 106), 0, 1, 2]])
+    np.testing.assert_array_equal(batch.payload.cu_seqlens, [0, 3, 9, 12])
+    np.testing.assert_array_equal(batch.payload.parents, [-1, -1, -1])
+    np.testing.assert_array_equal(batch.payload.sequence_ids, [0] * 3 + [1] * 6 + [2] * 3)
+    np.testing.assert_array_equal(batch.payload.position_ids, [[0, 1, 2, *range(100, 106), 0, 1, 2]])
     assert batch.num_actions == 7
-    assert batch.vision[0].media.images == [b"x"]
+    assert batch.payload.vision[0].media.images == [b"x"]
 
 
 def test_estimates_travel_and_come_back_to_their_samples():
@@ -76,8 +76,9 @@ def test_estimates_travel_and_come_back_to_their_samples():
         how = packing(max_tokens=20, share_prompts=share_prompts, estimates=("values", "returns"))
         bins = assign_to_bins(samples, how, 2)
         packed = pack_assigned(samples, bins, how)
-        assert all(batch.old_logprobs is None and not batch.values.any() for rank in packed for batch in rank)
-        said = [[batch.returns for batch in rank] for rank in packed]
+        streams = [batch.streams for rank in packed for batch in rank]
+        assert all(one.old_logprobs is None and not one.values.any() for one in streams)
+        said = [[batch.streams.returns for batch in rank] for rank in packed]
         for one, returned in zip(samples, by_sample(samples, bins, said), strict=True):
             np.testing.assert_array_equal(returned, one.returns[one.loss_mask])
 
@@ -87,29 +88,29 @@ def test_a_shared_prompt_is_laid_out_once():
     second.prompt, second.media = first.prompt, first.media
     batch = pack([first, second, other], packing(multiple=1, share_prompts=True))
     # of the prompt 10 11, the last token is read by each sample
-    np.testing.assert_array_equal(batch.tokens, [10, 11, 12, 11, 12, 13, 14, 30, 31, 32, 33])
-    np.testing.assert_array_equal(batch.labels, [11, 12, 13, 12, 13, 14, 15, 31, 32, 33, 34])
+    np.testing.assert_array_equal(batch.payload.tokens, [10, 11, 12, 11, 12, 13, 14, 30, 31, 32, 33])
+    np.testing.assert_array_equal(batch.payload.labels, [11, 12, 13, 12, 13, 14, 15, 31, 32, 33, 34])
     np.testing.assert_array_equal(laid_out(batch, "loss_weights"), [0, *[0.5] * 6, 0, *[0.5] * 3])
     np.testing.assert_array_equal(laid_out(batch, "rollout_logprobs"), [0, -2, -3, -2, -3, -4, -5, 0, -2, -3, -4])
     np.testing.assert_array_equal(np.flatnonzero(laid_out(batch, "expert_mask")), [2, 4, 9])
-    np.testing.assert_array_equal(batch.cu_seqlens, [0, 1, 3, 7, 11])
-    np.testing.assert_array_equal(batch.parents, [-1, 0, 0, -1])
-    np.testing.assert_array_equal(batch.position_ids, [[100, 101, 102, 101, 102, 103, 104, 0, 1, 2, 3]])
-    assert batch.vision[0].media.images == [b"x"]
+    np.testing.assert_array_equal(batch.payload.cu_seqlens, [0, 1, 3, 7, 11])
+    np.testing.assert_array_equal(batch.payload.parents, [-1, 0, 0, -1])
+    np.testing.assert_array_equal(batch.payload.position_ids, [[100, 101, 102, 101, 102, 103, 104, 0, 1, 2, 3]])
+    assert batch.payload.vision[0].media.images == [b"x"]
 
 
 def test_sequences_are_padded_so_that_ranks_can_cut_them():
     first, second = sample(4, start=10), sample(9, start=20, image=b"x")
     batch = pack([first, second], packing(multiple=8, sequence_multiple=4, pad_token_id=99))
     # 3 and 8 tokens in 4 and 8, and 4 more for the bin
-    np.testing.assert_array_equal(batch.tokens, [10, 11, 12, 99, *range(20, 28), *[99] * 4])
-    np.testing.assert_array_equal(batch.labels, [11, 12, 13, 99, *range(21, 29), *[99] * 4])
-    np.testing.assert_array_equal(batch.cu_seqlens, [0, 4, 12, 16])
-    np.testing.assert_array_equal(batch.lengths, [3, 8, 0])
-    np.testing.assert_array_equal(batch.sequence_ids, [0] * 4 + [1] * 8 + [2] * 4)
+    np.testing.assert_array_equal(batch.payload.tokens, [10, 11, 12, 99, *range(20, 28), *[99] * 4])
+    np.testing.assert_array_equal(batch.payload.labels, [11, 12, 13, 99, *range(21, 29), *[99] * 4])
+    np.testing.assert_array_equal(batch.payload.cu_seqlens, [0, 4, 12, 16])
+    np.testing.assert_array_equal(batch.payload.lengths, [3, 8, 0])
+    np.testing.assert_array_equal(batch.payload.sequence_ids, [0] * 4 + [1] * 8 + [2] * 4)
     np.testing.assert_array_equal(laid_out(batch, "loss_weights"), [0, 0.5, 0.5, 0, 0, *[0.5] * 7, *[0] * 4])
-    np.testing.assert_array_equal(batch.position_ids, [[0, 1, 2, 0, *range(100, 108), 0, 1, 2, 3]])
-    assert len(pack([], packing(multiple=8, sequence_multiple=4)).tokens) == 8
+    np.testing.assert_array_equal(batch.payload.position_ids, [[0, 1, 2, 0, *range(100, 108), 0, 1, 2, 3]])
+    assert len(pack([], packing(multiple=8, sequence_multiple=4)).payload.tokens) == 8
     # what is padded counts: 4 + 8 fill a bin of 12 tokens
     assert len(assign_to_bins([first, second], packing(max_tokens=12, sequence_multiple=4), 1)[0]) == 1
     assert len(assign_to_bins([first, second], packing(max_tokens=12, sequence_multiple=8), 1)[0]) == 2
@@ -138,14 +139,26 @@ def test_bins_are_filled_by_what_sharing_leaves():
     assert [len(rank) for rank in assign_to_bins(samples, tokens[False], 1)] == [3]
     (bins,) = assign_to_bins(samples, tokens[True], 1)  # 8 + 8 x 3 tokens
     assert bins == [list(range(8))]
-    assert len(pack([samples[i] for i in bins[0]], tokens[True]).tokens) == 32
+    assert len(pack([samples[i] for i in bins[0]], tokens[True]).payload.tokens) == 32
+
+
+def test_an_action_that_weighs_nothing_is_an_action():
+    one, other = sample(7), sample(5, start=20)
+    one.loss_weights[3] = 0
+    bins = assign_to_bins([one, other], packing(), 1)
+    ((batch,),) = pack_assigned([one, other], bins, packing())
+    assert batch.num_actions == 5 + 3
+    np.testing.assert_array_equal(batch.streams.loss_weights, [0.5, 0, 0.5, 0.5, 0.5, 0.5, 0.5, 0.5])
+    (kept, whole) = by_sample([one, other], bins, [[batch.streams.rollout_logprobs]])
+    np.testing.assert_array_equal(kept, [-2, -3, -4, -5, -6])
+    np.testing.assert_array_equal(whole, [-2, -3, -4])
 
 
 def test_an_empty_bin_weighs_nothing():
     batch = pack([], packing(multiple=4))
-    assert len(batch.tokens) == 4
+    assert len(batch.payload.tokens) == 4
     assert batch.num_actions == 0
-    np.testing.assert_array_equal(batch.cu_seqlens, [0, 4])
+    np.testing.assert_array_equal(batch.payload.cu_seqlens, [0, 4])
 
 
 @pytest.mark.parametrize("data_parallel_size", [1, 2, 3])
@@ -225,7 +238,7 @@ def test_a_packed_token_is_at_most_28_bytes():
         samples.append(one)
     batch = pack(samples, packing(max_tokens=1 << 15, position_ids=positions))
     arrays = [value for value in vars(batch).values() if isinstance(value, np.ndarray)]
-    num_bytes = sum(array.nbytes for array in arrays) / len(batch.tokens)
+    num_bytes = sum(array.nbytes for array in arrays) / len(batch.payload.tokens)
     print(f"{num_bytes:.1f} bytes a token")
     assert num_bytes <= 28
-    assert batch.labels.dtype == np.int32
+    assert batch.payload.labels.dtype == np.int32

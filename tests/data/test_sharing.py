@@ -140,7 +140,7 @@ def test_packed_bins_share_and_metrics_count():
     bins = [[sample(9, group=g, image=b"%d" % g) for g in range(4)], []]  # images of 8 patches
     p = packing()
     batches = pack_microbatch(bins, p)
-    assert [batch.vision[0].media.num_patches for batch in batches] == [16, 16]
+    assert [batch.payload.vision[0].media.num_patches for batch in batches] == [16, 16]
     text = pack_microbatch([[sample(9)], []], p)
     alone = pack_microbatch(bins, packing(encoding=encoding(balance=False)))
     rounds = [[list(rank) for rank in zip(*microbatches, strict=True)] for microbatches in ([batches, text], [alone])]

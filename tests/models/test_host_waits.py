@@ -20,7 +20,7 @@ def described(directory: str, batch: Batch) -> list[int]:
     parallel = ParallelConfig()
     groups.initialize(parallel, seed=0)
     model = build_stage(read_config(directory), ModelConfig(dtype="bfloat16"), parallel).to("meta")
-    vision = batch.vision.to(torch.device("meta"))
+    vision = None if batch.vision is None else batch.vision.to(torch.device("meta"))
     hidden = model(batch.tokens, batch.position_ids.to("meta"), batch.cu_seqlens, vision)
     hidden.sum().backward()
     return list(hidden.shape)

@@ -176,6 +176,7 @@ def _microbatch(run: Run) -> object:
     """``samples`` sequences of one length, an image in each prompt, every token of a response an action."""
     from megarl.parallel.context import local_positions
     from megarl.workers.microbatch import MicroBatch
+    from megarl.workers.token_action import TokenInputs
 
     def place(array: np.ndarray) -> torch.Tensor:
         return torch.from_numpy(np.ascontiguousarray(array)).to("cuda")
@@ -196,15 +197,17 @@ def _microbatch(run: Run) -> object:
     actions = here[rows]
     stream = np.zeros(len(rows), np.float32)
     return MicroBatch(
-        tokens=torch.from_numpy(tokens)[None],
-        position_ids=place(positions)[:, None],
-        cu_seqlens=torch.from_numpy(cu_seqlens),
-        parents=None,
-        vision=vision,
-        rows=place(rows),
+        inputs=TokenInputs(
+            tokens=torch.from_numpy(tokens)[None],
+            position_ids=place(positions)[:, None],
+            cu_seqlens=torch.from_numpy(cu_seqlens),
+            parents=None,
+            vision=vision,
+            rows=place(rows),
+            targets=place(tokens[actions + 1]),
+        ),
         places=place(np.searchsorted(np.flatnonzero(weights), actions)),
         num_actions=int(weights.sum()),
-        targets=place(tokens[actions + 1]),
         loss_weights=place(stream),
         advantages=place(stream),
         rollout_logprobs=place(stream),
@@ -252,7 +255,7 @@ def _passes(run: Run, worker: object, microbatch: object, pretend: Pretend, size
         for chunk in worker.trained.ddp:
             chunk.zero_grad_buffer()
         worker.trained.optimizer.zero_grad()
-        passes.run(worker.trained.ddp, [microbatch], worker._loss, train=True)
+        passes.run_schedule(worker.trained.ddp, [microbatch], worker.kind.forward, worker._loss, train=True)
 
     pretend.waits.clear()
     sizes.logprobs_peak = above(lambda: worker._logprobs([microbatch], worker.reference or worker.model))

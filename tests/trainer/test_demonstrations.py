@@ -209,13 +209,14 @@ def test_a_presets_microbatches_have_expert_actions(name):
     for sample, stream in zip(samples, compute_loss_weights(samples, algorithm, 16), strict=True):
         sample.loss_weights = stream
     batch = pack(samples, packing(max_tokens=4096))
-    expert, predicted = batch.expert_mask & (batch.loss_weights > 0), batch.labels[batch.is_action]
+    streams = batch.streams
+    expert, predicted = streams.expert_mask & (streams.loss_weights > 0), batch.payload.labels[batch.payload.is_action]
     labels = "".join(chr(token) for token in predicted[expert] if token)
     written = [d.text for prompt in shown for d in prompt.demonstrations for _ in range(d.num_samples)]
     written += [sample.response for sample in samples if sample.group_id < 0]
     assert labels == "".join(written) != ""
-    assert not batch.rollout_logprobs[expert].any()
-    own = predicted[(batch.loss_weights > 0) & ~batch.expert_mask]
+    assert not streams.rollout_logprobs[expert].any()
+    own = predicted[(streams.loss_weights > 0) & ~streams.expert_mask]
     assert "".join(chr(token) for token in own if token).replace("xy", "") == ""
     assert len(own) == 0 if name == "hpt" else len(own) > 0  # nobody was right
 

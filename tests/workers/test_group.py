@@ -22,10 +22,10 @@ def test_an_image_travels_to_the_rank_that_decodes_it():
     for batch, ranks in zip(bins, shares, strict=True):
         for rank, share in enumerate(ranks):
             whole = _RankActor.with_share(SimpleNamespace(load=list), "load", [streams_of(batch)], [share])[0]
-            assert whole.vision[rank] is batch.vision[rank]
-            assert whole.vision[1 - rank] is None
-            assert whole.tokens is batch.tokens
+            assert whole.payload.vision[rank] is batch.payload.vision[rank]
+            assert whole.payload.vision[1 - rank] is None
+            assert whole.payload.tokens is batch.payload.tokens
             told = share_of(batch, context_parallel_rank=rank, decodes=False)
             assert len(pickle.dumps(told)) < 5_000
-            assert told[rank].media.images == [b""] * len(batch.vision[rank].media.images)
-            np.testing.assert_array_equal(told[rank].media.grids, batch.vision[rank].media.grids)
+            assert told[rank].media.images == [b""] * len(batch.payload.vision[rank].media.images)
+            np.testing.assert_array_equal(told[rank].media.grids, batch.payload.vision[rank].media.grids)

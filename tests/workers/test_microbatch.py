@@ -24,15 +24,15 @@ def decoding_of(config) -> dict:
     worker.estimate([batch for bins in minibatches for batch in bins])
     worker.load(minibatches)
     flat = [m for minibatch in worker.microbatches for m in minibatch]
-    held = sum(m.vision.pixel_values.numel() for m in flat)
+    held = sum(m.inputs.vision.pixel_values.numel() for m in flat)
     dist.broadcast = lambda tensor, **options: sent.append(str(tensor.dtype)) or broadcast(tensor, **options)
-    pixels = [m.shown().pixel_values.numpy() for m in flat]
+    pixels = [m.inputs.shown().pixel_values.numpy() for m in flat]
     dist.broadcast = broadcast
     worker.score()
     worker.train()
-    left = len(worker.pixels.decoded)
+    left = len(worker.kind.pixels.decoded)
     worker.processor.patches = patches
-    expected = [worker.processor.pixel_values(b.vision[0].media).numpy() for bins in minibatches for b in bins]
+    expected = [worker.processor.pixel_values(b.payload.vision[0].media).numpy() for bins in minibatches for b in bins]
     return {
         "decoded": decoded,
         "held": held,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from types import SimpleNamespace
 
 import pytest
@@ -14,6 +15,16 @@ from tests.models.families import FAMILIES
 LENGTHS, ACTIONS, PATCHES = [9, 15], 7, 24
 
 
+@dataclass
+class _Microbatch:
+    """What is asked of a ``MicroBatch``."""
+
+    inputs: SimpleNamespace
+
+    def __len__(self) -> int:
+        return ACTIONS
+
+
 def counted(directory: str, layout: dict) -> float:
     from megarl.models.common.interleaved import chunks_of
     from megarl.models.stage import build_stage
@@ -23,12 +34,11 @@ def counted(directory: str, layout: dict) -> float:
     parallel = ParallelConfig(**layout)
     groups.initialize(parallel, seed=0)
     model = build_stage(read_config(directory), ModelConfig(), parallel)
-    m = SimpleNamespace(
+    inputs = SimpleNamespace(
         cu_seqlens=torch.tensor([0, *LENGTHS]).cumsum(0).int(),
-        rows=torch.arange(ACTIONS),
         vision=SimpleNamespace(grids=torch.tensor([[1, 1, PATCHES]])),
     )
-    return microbatch_flops(chunks_of(model), m)
+    return microbatch_flops(chunks_of(model), _Microbatch(inputs))
 
 
 @pytest.mark.parametrize(("family", "name"), [("qwen3_vl_moe", "sparse"), ("qwen2_5_vl", None)])

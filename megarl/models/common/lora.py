@@ -270,7 +270,7 @@ def attach(
     return table
 
 
-def served(adapters: list[Mapping]) -> list[Mapping]:
+def adapters_for_engine(adapters: list[Mapping]) -> list[Mapping]:
     """``adapters`` for an engine that wants those of a matrix for all of its projections or none: with zeros."""
     names = {m.megatron.removesuffix(B): projections(m.layer) for m in adapters if isinstance(m, StackedB)}
     table: list[Mapping] = []

@@ -1,0 +1,66 @@
+"""Checkpoints of a rank: everything that a resumed run needs."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from megarl.checkpoint import megatron as checkpoints
+from megarl.checkpoint.parts import Part
+from megarl.config import RunConfig
+from megarl.workers.rank import Rank
+
+
+class SavingRank(Rank):
+    """A rank that saves and loads its share."""
+
+    def __init__(self, config: RunConfig, rank: int) -> None:
+        super().__init__(config, rank)
+        self.saving: checkpoints.Handle | None = None
+
+    def save_checkpoint(self, directory: str, step: int, extra: dict[str, Any]) -> None:
+        """Begin (``checkpoint.async_save``) or make a checkpoint of everything that a resumed run needs."""
+        self.finish_saving()
+        self._restore_all()
+        self.saving = checkpoints.save(
+            checkpoints.step_directory(directory, step),
+            step,
+            self.model,
+            self.optimizer,
+            self.scheduler,
+            extra,
+            self.config,
+            hf_dir=self.hf_dir,
+            async_save=self.config.checkpoint.async_save,
+            parts=self._parts(),
+        )
+
+    def finish_saving(self) -> None:
+        """Return when the last checkpoint is complete, and remove older ones beyond ``checkpoint.keep``."""
+        if self.saving is not None:
+            self.saving.wait()
+            if self.rank == 0:
+                keep, own = self.config.checkpoint.keep, Path(self.hf_dir).parent
+                checkpoints.prune(self.saving.path.parent, keep, protect=own)
+            self.saving = None
+
+    def load_checkpoint(self, path: str) -> dict[str, Any]:
+        """Load what ``save_checkpoint`` saved, at any layout; what was saved beside it."""
+        self._restore_all()
+        return checkpoints.load(path, self.model, self.optimizer, self.scheduler, self._parts())
+
+    def _restore_all(self) -> None:
+        for offload in self._offloads():
+            offload.restore("parameters", "optimizer", "reference")
+
+    def _parts(self) -> dict[str, Part]:
+        """What is saved beside the policy."""
+        parts: dict[str, Part] = {}
+        if self.critic is not None:
+            trained = self.critic.trained
+            parts["critic"] = checkpoints.TrainedPart(trained.model, trained.optimizer, trained.scheduler)
+        if self.moving_reference is not None:
+            parts["reference"] = self.moving_reference
+        if self.ema is not None:
+            parts["ema"] = self.ema
+        return parts
