@@ -119,6 +119,7 @@ def hf_to_megatron(
             written = CheckpointReader(directory, model)
             report = {
                 "direction": "huggingface to megatron to huggingface",
+                "rounded": False,
                 "parallel": read_manifest(directory).parallel,
                 "dtype": config.model.params_dtype,
                 "logits": _logits(written, hf_dir, config.model, hf_dir, asked=logits),
@@ -158,6 +159,7 @@ def megatron_to_hf(
             write_hf(directory, tensors, checkpoint / "hf", dtype=FILE_DTYPES[name])
             report = {
                 "direction": "megatron to huggingface",
+                "rounded": name != manifest.dtype,
                 "step": manifest.step,
                 "dtype": name,
                 "logits": _logits(stored, checkpoint / "hf", config.model, directory, asked=logits),
@@ -220,6 +222,7 @@ def merge_adapters(
             write_hf(directory, counted(merged(), reader.num_bytes(), f"writing {out_dir}"), hf_dir, dtype=target)
             report = {
                 "direction": "adapters into huggingface",
+                "rounded": ({target} if target else reader.dtypes()) != {torch.float32},
                 "dtype": dtype or ", ".join(sorted(str(d).removeprefix("torch.") for d in reader.dtypes())),
                 "adapted_modules": len(tensors) // 2,
                 "logits": _skipped(meta, asked=logits),

@@ -140,7 +140,7 @@ def _certificate(report: dict) -> str:
     logits = report["logits"]
     compared = logits.get("skipped") or f"differ by {logits['max_abs_diff']:.1e} of {logits['largest_logit']:.3g}"
     exact = "bit for bit" if report["bit_exact"] else f"differs by {report['max_abs_diff']:.1e}"
-    return f"{report['direction']}: {exact}; logits: {compared}"
+    return f"{report['verdict']}; {report['direction']}: {exact}; logits: {compared}"
 
 
 def stacked(rows: Iterable[Row]) -> list[Row]:

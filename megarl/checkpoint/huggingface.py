@@ -172,10 +172,10 @@ class HFReader:
             self._meta[name] = self._canonical_tensor(name, meta)
 
     def is_published(self) -> bool:
-        """Whether every tensor is stored in the published layout, which others take for granted."""
+        """Whether every tensor is stored by its published name and layout, which others take for granted."""
         shapes = {path: self._open(path) for path, _ in self.files.values()}
         return all(
-            shapes[path].get_slice(stored).get_shape() == list(self.meta(name).shape)
+            stored == name and shapes[path].get_slice(stored).get_shape() == list(self.meta(name).shape)
             for name, (path, stored) in self.files.items()
         )
 

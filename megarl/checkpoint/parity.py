@@ -14,7 +14,7 @@ import torch
 from megatron.core.transformer.module import MegatronModule
 from torch import Tensor
 
-from megarl.checkpoint.huggingface import DERIVED, HFReader, embedding_of, read_config
+from megarl.checkpoint.huggingface import DERIVED, HFReader, embedding_of, listed, read_config
 from megarl.families import family_of
 from megarl.models.mapping import Mapping
 from megarl.utils import torchvision_cpu
@@ -24,6 +24,7 @@ torchvision_cpu.install()
 import transformers  # noqa: E402
 
 PARITY_FILE = "parity.json"
+LOGITS_TOLERANCE = 1e-3  # of the largest, in float32
 MAX_LOGITS_PARAMETERS = 500_000_000  # of a model that is run whole, here and in transformers, to compare logits
 
 _PIECE = 1 << 20  # elements
@@ -114,11 +115,43 @@ def compare_logits(build: Callable[[], MegatronModule], hf_dir: str | Path) -> d
         "largest_logit": float(theirs.abs().max()),
         "prompt_tokens": len(probe.tokens),
         "image_patches": 0 if probe.vision is None else len(probe.vision.pixel_values),
+        "images": 0 if probe.vision is None else int((~probe.vision.videos).sum()),
+        "videos": 0 if probe.vision is None else int(probe.vision.videos.sum()),
     }
 
 
+def problems_of(report: dict[str, Any]) -> list[str]:
+    """What speaks against the files that ``report`` compares; nothing where they are the model.
+
+    Where they were to hold ``rounded`` values, the bits of the rounded ones are judged, and logits are not.
+    """
+    keys, logits, problems = report["keys"], report["logits"], []
+    for name in ("missing", "unaccounted"):
+        if keys[name]:
+            problems.append(f"{name} tensors: {listed(keys[name])}")
+    differing = [name for name, found in keys["tied_duplicates"].items() if not found["equal"]]
+    if differing:
+        problems.append(f"not the embedding that config.json ties them to: {listed(differing)}")
+    exact = report["rounded"] or not report["max_abs_diff"]
+    if report["sha256"] != report["sha256_round_trip"] or not exact:
+        worst = max(report["tensors"].items(), key=lambda item: item[1]["max_abs_diff"])[0]
+        problems.append(f"values differ by up to {report['max_abs_diff']:.3g}, most in {worst}")
+    elif (
+        not report["rounded"]
+        and "skipped" not in logits
+        and not logits["max_abs_diff"] <= LOGITS_TOLERANCE * logits["largest_logit"]
+    ):
+        problems.append(
+            f"logits differ from transformers' by {logits['max_abs_diff']:.3g}, more than {LOGITS_TOLERANCE:g} of the "
+            f"largest, {logits['largest_logit']:.3g}"
+        )
+    return problems
+
+
 def write_parity(directory: str | Path, report: dict[str, Any]) -> Path:
-    """Write ``parity.json`` with the versions that made it."""
+    """Write ``parity.json`` with its verdict and the versions that made it."""
+    report["problems"] = problems_of(report)
+    report["verdict"] = "different" if report["problems"] else "equal"
     packages = ("megatron-core", "torch", "transformers", "safetensors", "numpy")
     versions = {name: version(name) for name in packages} | {"python": platform.python_version()}
     path = Path(directory) / PARITY_FILE

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import re
+import shutil
 from functools import cache
 
 import pytest
@@ -256,3 +258,23 @@ def test_tied_duplicate_of_the_output_layer_is_tolerated_only_when_tied(pool, mo
 
     untied = damaged(models("gqa4_untied", torch.float32), tmp_path / "untied", drop)
     assert "missing keys: lm_head.weight" in pool.run(refused, 1, untied, (1, 1))[0]
+
+
+def test_names_of_another_version_are_read_and_not_called_published(tmp_path):
+    """SGLang's loaders, and ours for LLaVA, know the published names alone."""
+    from examples import tiny_models
+
+    tiny_models.llava(tmp_path / "tiny")
+    reader = HFReader(tmp_path / "tiny")
+    write_hf(tmp_path / "published", ((name, reader[name]) for name in reader.keys()), tmp_path / "tiny")  # noqa: SIM118
+    published = HFReader(tmp_path / "published")
+    assert published.is_published()
+    tensors = {
+        re.sub(r"^language_model\.model\.", "model.language_model.", name): published[name]
+        for name in published.keys()  # noqa: SIM118
+    }
+    shutil.copytree(tmp_path / "published", tmp_path / "newer")
+    save_file(tensors, tmp_path / "newer" / "model.safetensors")
+    newer = HFReader(tmp_path / "newer")
+    assert not newer.is_published()
+    assert set(newer.keys()) == set(published.keys())

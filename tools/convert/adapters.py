@@ -14,7 +14,7 @@ from megarl.checkpoint.convert import FILE_DTYPES, megatron_to_peft, merge_adapt
 
 
 def main() -> int:
-    """Exit status 0 when a directory was written, 2 when nothing could be converted."""
+    """Exit status 0 when it is what was asked for, 1 when a merged model is not, 2 when nothing was converted."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(dest="command", required=True)
     extract = commands.add_parser("extract", help="a checkpoint's adapters as a PEFT directory")
@@ -38,7 +38,8 @@ def main() -> int:
     logits = report["logits"]
     print(f"{a.out_dir}: {report['keys']['compared']} tensors, {report['adapted_modules']} with adapters added")
     print(f"logits of the adapted model against the files: {logits.get('skipped') or logits['max_abs_diff']}")
-    return 0
+    print("\n".join([f"verdict: {report['verdict']}", *report["problems"]]))
+    return 1 if report["problems"] else 0
 
 
 if __name__ == "__main__":

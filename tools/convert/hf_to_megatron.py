@@ -13,7 +13,7 @@ from megarl.checkpoint.convert import hf_to_megatron
 
 
 def main() -> int:
-    """Exit status 0 when the result is bit for bit the model, 1 when it is not, 2 when nothing could be converted."""
+    """Exit status 0 when the result is the model, in bits and logits, 1 when not, 2 when nothing was converted."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("hf_dir", metavar="HF_DIR")
     parser.add_argument("out_dir", metavar="OUT_DIR")
@@ -31,7 +31,8 @@ def main() -> int:
     print(f"{arguments.out_dir}: {keys['compared']} of {keys['huggingface']} tensors compared")
     print(f"round trip bit for bit: {report['bit_exact']} (largest difference {report['max_abs_diff']:g})")
     print(f"logits against transformers: {logits.get('skipped') or logits['max_abs_diff']}")
-    return 0 if report["bit_exact"] else 1
+    print("\n".join([f"verdict: {report['verdict']}", *report["problems"]]))
+    return 1 if report["problems"] else 0
 
 
 if __name__ == "__main__":

@@ -13,7 +13,7 @@ from megarl.checkpoint.convert import FILE_DTYPES, megatron_to_hf
 
 
 def main() -> int:
-    """Exit status 0 when a directory was written, 2 when nothing could be converted."""
+    """Exit status 0 when the files are the checkpoint, in bits and logits, 1 when not, 2 when nothing was converted."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("checkpoint", metavar="CHECKPOINT")
     parser.add_argument("out_dir", metavar="OUT_DIR")
@@ -32,7 +32,8 @@ def main() -> int:
     print(
         f"logits of the checkpoint against the files in transformers: {logits.get('skipped') or logits['max_abs_diff']}"
     )
-    return 0
+    print("\n".join([f"verdict: {report['verdict']}", *report["problems"]]))
+    return 1 if report["problems"] else 0
 
 
 if __name__ == "__main__":
