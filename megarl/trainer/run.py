@@ -39,6 +39,7 @@ from megarl.experiment import to_yaml
 from megarl.families import family_of
 from megarl.models.common.language import longest_sequence
 from megarl.models.common.lora import check_targets, projections
+from megarl.models.common.transformer_config import check_fields
 from megarl.observability.console import Console
 from megarl.observability.tracker import METRICS_FILE, Tracker
 from megarl.registry import load_object
@@ -67,6 +68,7 @@ def check(config: RunConfig) -> None:
     build_tasks(config)
     hf_config = read_config(model_directory(config))
     family_of(hf_config).validate(hf_config, config.parallel)
+    check_fields(config.model)
     ddp_options(config)
     optimizer_options(config, config.optimizer)
     if config.model.lora.rank:

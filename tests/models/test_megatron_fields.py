@@ -11,7 +11,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 
 from megarl.config import ModelConfig, ParallelConfig
 from megarl.models.common.megatron_fields import PARALLEL, REFUSED, check_gradient_accumulation_fusion
-from megarl.models.common.transformer_config import transformer_config
+from megarl.models.common.transformer_config import check_fields, transformer_config
 
 SHAPE = {"num_layers": 2, "hidden_size": 8, "num_attention_heads": 2, "ffn_hidden_size": 16, "add_bias_linear": False}
 FIELDS = {field.name: field for field in dataclasses.fields(TransformerConfig) if field.init}
@@ -107,3 +107,14 @@ def test_weight_gradients_are_added_in_place_where_a_kernel_for_it_is_installed(
     check_gradient_accumulation_fusion(key, transformer_engine=False, cuda=True)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     assert config(ModelConfig(megatron={"gradient_accumulation_fusion": True})).gradient_accumulation_fusion
+
+
+@pytest.mark.parametrize("section", ["megatron", "vision_megatron"])
+def test_the_driver_refuses_what_needs_no_model_to_refuse(section):
+    check_fields(ModelConfig(**{section: {"moe_z_loss_coeff": 0.1, "hidden_size": 64, "fp8": None}}))
+    for fields, message in (
+        ({"fp8": "e4m3"}, f"model.{section}.fp8: no layer here computes in fewer bits"),
+        ({"moe_zloss_coeff": 0.1}, f"model.{section}.moe_zloss_coeff: there is no such field; did you mean"),
+    ):
+        with pytest.raises(ValueError, match=re.escape(message)):
+            check_fields(ModelConfig(**{section: fields}))

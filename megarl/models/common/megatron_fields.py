@@ -23,6 +23,7 @@ PARALLEL = {  # what ``ParallelConfig`` calls them
     "account_for_loss_in_pipeline_split": "pipeline_layout",
 }
 
+DECIDED = ("the model's config.json decides", "say it with ")  # how reasons begin that name who does
 # reason: fields
 _GROUPS = {
     "the model's config.json decides": (

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from megatron.core.transformer.transformer_config import TransformerConfig
 
 from megarl.config import ModelConfig, ParallelConfig
-from megarl.models.common.megatron_fields import REFUSED, check_gradient_accumulation_fusion
+from megarl.models.common.megatron_fields import DECIDED, REFUSED, check_gradient_accumulation_fusion
 from megarl.utils.checks import check_passed_through
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -75,9 +75,26 @@ def transformer_config(
     return TransformerConfig(**values)
 
 
+def check_fields(model: ModelConfig) -> None:
+    """Refuse fields of ``model.megatron`` and ``model.vision_megatron``, as far as that needs no model; ``ValueError``.
+
+    A field whose value the model or another key decides may say what is so anyway: ``transformer_config`` looks.
+    """
+    for section in ("megatron", "vision_megatron"):
+        decided = [name for name in getattr(model, section) if REFUSED.get(name, "").startswith(DECIDED)]
+        known = {name: value for name, value in _fields().items() if name not in decided}
+        given = {name: value for name, value in getattr(model, section).items() if name not in decided}
+        _check(f"model.{section}", given, known)
+
+
+def _fields() -> dict[str, Any]:
+    """mcore's fields and their defaults."""
+    return {field.name: field.default for field in dataclasses.fields(TransformerConfig) if field.init}
+
+
 def _check(key: str, given: dict[str, Any], values: dict[str, Any]) -> None:
     """Refuse what is unknown, and what is in ``REFUSED`` unless it says what is so anyway."""
-    known = {field.name: field.default for field in dataclasses.fields(TransformerConfig) if field.init}
+    known = _fields()
     asked = [name for name, value in given.items() if name not in known or value != values.get(name, known[name])]
     check_passed_through(key, asked, known, REFUSED)
 
