@@ -15,10 +15,10 @@ from torch.distributed.checkpoint.metadata import BytesStorageMetadata
 from transformers import PretrainedConfig
 
 from megarl.checkpoint import megatron
+from megarl.checkpoint.companions import OPTIMIZER_PREFIX, is_weight
 from megarl.checkpoint.huggingface import HFReader, check_keys, duplicate_of, read_config
 from megarl.checkpoint.manifest import MANIFEST_FILE, read_manifest
 from megarl.checkpoint.parity import PARITY_FILE
-from megarl.checkpoint.parts import OPTIMIZER_PREFIX, is_weight
 from megarl.config import ParallelConfig
 from megarl.families import FAMILIES
 from megarl.models.common.language import longest_sequence

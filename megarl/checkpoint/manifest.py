@@ -154,10 +154,11 @@ def latest(directory: str | Path) -> Path | None:
 
 def set_aside(directory: str | Path, step: int) -> list[Path]:
     """Rename the checkpoints of later steps than ``step``, from which a run goes on anew; their new paths."""
-    return [path.rename(free(path.with_name(ASIDE + path.name))) for later, path in _by_step(directory) if later > step]
+    above = [path for later, path in _by_step(directory) if later > step]
+    return [path.rename(unused_path(path.with_name(ASIDE + path.name))) for path in above]
 
 
-def free(path: Path) -> Path:
+def unused_path(path: Path) -> Path:
     """``path``, or where something has that name the same with a number."""
     numbered = (path.with_stem(f"{path.stem}_{number}") for number in itertools.count(2))
     return next(place for place in itertools.chain([path], numbered) if not place.exists())

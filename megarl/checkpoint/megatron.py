@@ -38,6 +38,7 @@ from torch.distributed.checkpoint.metadata import Metadata
 
 from megarl.checkpoint import writer
 from megarl.checkpoint.belonging import belonging, misfits
+from megarl.checkpoint.companions import HEAD_PREFIX, Companions, is_weight, may_stay, states
 from megarl.checkpoint.huggingface import CheckpointError, copy_auxiliary_files, listed, read_config
 from megarl.checkpoint.manifest import (
     MANIFEST_FILE,
@@ -46,16 +47,15 @@ from megarl.checkpoint.manifest import (
     damaged_files,
     discard,
     file_sha256,
-    free,
     latest,
     prune,
     read_manifest,
     set_aside,
     step_directory,
+    unused_path,
     write_manifest,
 )
 from megarl.checkpoint.optimizer_state import OPTIMIZER_FORMAT, held_ranges, with_settings, without_settings
-from megarl.checkpoint.parts import HEAD_PREFIX, Parts, is_weight, may_stay, states
 from megarl.checkpoint.progress import progress
 from megarl.config import RunConfig
 from megarl.experiment import to_yaml
@@ -64,15 +64,15 @@ from megarl.models.mapping import padded_vocab_size
 
 __all__ = [
     "Handle",
-    "TrainedPart",
+    "TrainedModel",
     "complete",
-    "free",
     "latest",
     "load",
     "prune",
     "save",
     "set_aside",
     "step_directory",
+    "unused_path",
 ]
 
 logger = logging.getLogger(__name__)
@@ -114,7 +114,7 @@ class Handle:
             raise CheckpointError(f"saving {self.path} failed: {error}") from error
 
 
-NO_PARTS: Parts = {}
+NO_COMPANIONS: Companions = {}
 _pending: list[Handle] = []  # at most one a process: a save waits for the one before it
 
 
@@ -151,7 +151,7 @@ def _set_rng_state(state: dict[str, Any]) -> None:
         torch.cuda.set_rng_state(state["cuda"])
 
 
-def _model_part(module: nn.Module) -> str:
+def _kind_of_state(module: nn.Module) -> str:
     """What a checkpoint holds of ``module``: all of the model, or its adapters."""
     return "adapters" if is_adapted(module) else "model"
 
@@ -159,24 +159,24 @@ def _model_part(module: nn.Module) -> str:
 def _state(model: nn.Module, optimizer: MegatronOptimizer | None, *, is_loading: bool) -> dict[str, Any]:
     """What to save or load, as mcore's sharded tensors that are the live parameters."""
     module = unwrap_model(model)
-    part = _model_part(module)
-    state: dict[str, Any] = {part: module.sharded_state_dict()}
-    if part == "adapters":
-        state[part] = {name: tensor for name, tensor in state[part].items() if CHILD in name or HEAD_PREFIX in name}
+    kind = _kind_of_state(module)
+    state: dict[str, Any] = {kind: module.sharded_state_dict()}
+    if kind == "adapters":
+        state[kind] = {name: tensor for name, tensor in state[kind].items() if CHILD in name or HEAD_PREFIX in name}
     if optimizer is not None:
         again = {"model": module.sharded_state_dict()}
         with held_ranges(optimizer):
             sharded = optimizer.sharded_state_dict(again, is_loading=is_loading, metadata=OPTIMIZER_FORMAT)
         without_settings(sharded)
-        for part in [sharded] if "param_state" in sharded else sharded.values():
-            if isinstance(part, dict) and part.get("param_state") == {}:
-                del part["param_state"]  # this rank holds nothing; mcore does not take an empty dict
+        for one in [sharded] if "param_state" in sharded else sharded.values():
+            if isinstance(one, dict) and one.get("param_state") == {}:
+                del one["param_state"]  # this rank holds nothing; mcore does not take an empty dict
         state["optimizer"] = sharded
     return state
 
 
 @dataclass
-class TrainedPart:
+class TrainedModel:
     """A model, and what trains it if anything does."""
 
     model: nn.Module
@@ -193,7 +193,7 @@ class TrainedPart:
     def load_state(self, state: dict[str, Any]) -> None:
         """Take over what was loaded; nothing is missing, that was checked."""
         module = unwrap_model(self.model)
-        held = _model_part(module)
+        held = _kind_of_state(module)
         module.load_state_dict(state.get(held, {}), strict=held == "model")  # a stage without adapters has no entry
         if self.optimizer is not None:
             with_settings(state["optimizer"], self.optimizer)
@@ -216,7 +216,7 @@ def save(
     hf_dir: str | Path | None = None,
     async_save: bool = False,
     tensor_source: writer.TensorSource | None = None,
-    parts: Parts = NO_PARTS,
+    companions: Companions = NO_COMPANIONS,
 ) -> Handle:
     """Save to ``path``, replacing what is there; every rank of the world calls it with its shard.
 
@@ -226,8 +226,8 @@ def save(
     shards have been copied to host memory: training may go on at once, and the files are written by a thread.
     The checkpoint counts when its manifest is there, which is after all ranks have written. The next save waits for
     this one; so does the interpreter's exit. Wait on the handle before killing the process. With ``tensor_source`` the
-    tensors come from there one by one when they are written, and ``model`` may be without data. ``parts`` are saved
-    beside the policy.
+    tensors come from there one by one when they are written, and ``model`` may be without data. ``companions`` are
+    saved beside the policy.
     """
     while _pending:
         _pending.pop().wait()
@@ -244,7 +244,8 @@ def save(
         strategy = writer.SnapshotStrategy(partial(writer.SnapshotWriter, copy=async_save))
     else:
         strategy = writer.SnapshotStrategy(partial(writer.StreamingWriter, source=tensor_source))
-    state = TrainedPart(model, optimizer, scheduler).sharded_state(is_loading=False) | states(parts, is_loading=False)
+    policy = TrainedModel(model, optimizer, scheduler)
+    state = policy.sharded_state(is_loading=False) | states(companions, is_loading=False)
     contents = [*state, *(["rng"] if optimizer is not None else [])]
     dist_checkpointing.save(
         state, str(path / "state"), strategy, async_sharded_save=True, content_metadata=dict(OPTIMIZER_FORMAT)
@@ -329,7 +330,7 @@ def intact(path: Path) -> Manifest:
 
 
 def check_tensors(
-    path: Path, model: nn.Module, optimizer: MegatronOptimizer | None = None, parts: Parts = NO_PARTS
+    path: Path, model: nn.Module, optimizer: MegatronOptimizer | None = None, companions: Companions = NO_COMPANIONS
 ) -> None:
     """Raise on every rank one ``CheckpointError`` that lists tensors that are missing, unknown or of another shape."""
     stored = read_index(path).state_dict_metadata
@@ -337,7 +338,7 @@ def check_tensors(
     saved_size = read_manifest(Path(path)).parallel["tensor_model_parallel_size"]
     paddings = {padded_vocab_size(vocabulary, size) for size in (1, saved_size)}  # a converter pads for one rank
     problems, requested = [], set()
-    state = _state(model, optimizer, is_loading=True) | states(parts, is_loading=True)
+    state = _state(model, optimizer, is_loading=True) | states(companions, is_loading=True)
     for item in nested_values(load_preprocess(state)[0]):
         if not isinstance(item, ShardedTensor):
             continue
@@ -352,7 +353,7 @@ def check_tensors(
             problems.append(f"wrong shape: {item.key} is {theirs} in the checkpoint and {ours} in the model")
     problems, requested = _on_any_rank(problems), set(_on_any_rank(requested))
     weights = {key for key, entry in stored.items() if hasattr(entry, "size") and is_weight(key)}
-    weights = {key for key in weights if not may_stay(key, parts)}
+    weights = {key for key in weights if not may_stay(key, companions)}
     problems += [f"unknown: {key} is in the checkpoint and not in the model" for key in sorted(weights - requested)]
     if problems:
         raise CheckpointError(f"{path} does not fit the model: {listed(problems)}")
@@ -363,9 +364,9 @@ def load(
     model: nn.Module,
     optimizer: MegatronOptimizer | None = None,
     scheduler: OptimizerParamScheduler | None = None,
-    parts: Parts = NO_PARTS,
+    companions: Companions = NO_COMPANIONS,
 ) -> dict[str, Any]:
-    """Fill model, optimizer, schedule and ``parts`` from a complete checkpoint; its ``extra``.
+    """Fill model, optimizer, schedule and ``companions`` from a complete checkpoint; its ``extra``.
 
     Every rank of the world calls it. Any layout loads. The random generators are restored when ranks and layout are
     those that saved, and stay as they are otherwise. The schedule takes its place; its shape is the configuration's.
@@ -374,27 +375,27 @@ def load(
     path = Path(path)
     manifest = intact(path)
     module = unwrap_model(model)
-    held = _model_part(module)
+    held = _kind_of_state(module)
     if held not in manifest.contents:
         raise CheckpointError(
             f"{path} holds {', '.join(manifest.contents)}, and a model with model.lora.rank "
             f"{'> 0' if held == 'adapters' else '= 0'} needs its {held}: see the checkpoint's config.yaml"
         )
-    for name, part in (("optimizer", optimizer), ("scheduler", scheduler), *parts.items()):
-        if part is not None and name not in manifest.contents:
+    for name, asked in (("optimizer", optimizer), ("scheduler", scheduler), *companions.items()):
+        if asked is not None and name not in manifest.contents:
             raise CheckpointError(f"{path} holds no {name}, only {', '.join(manifest.contents)}: load it without")
     if held == "adapters" and (problems := misfits(manifest.adapters, belonging(module))):
         raise CheckpointError(f"{path} holds adapters of another policy: {'; '.join(problems)}")
-    check_tensors(path, model, optimizer, parts)
-    policy = TrainedPart(model, optimizer, scheduler)
+    check_tensors(path, model, optimizer, companions)
+    policy = TrainedModel(model, optimizer, scheduler)
     try:
-        wanted = policy.sharded_state(is_loading=True) | states(parts, is_loading=True)
+        wanted = policy.sharded_state(is_loading=True) | states(companions, is_loading=True)
         state = dist_checkpointing.load(wanted, str(path / "state"))
     except (CheckpointingException, CheckpointException, RuntimeError) as error:
         raise CheckpointError(f"{path}: the tensors cannot be read: {error}") from error
     policy.load_state(state)
-    for name, part in parts.items():
-        part.load_state(state.get(name, {}))
+    for name, companion in companions.items():
+        companion.load_state(state.get(name, {}))
     _restore_rng(path, manifest)
     return json.loads((path / "extra.json").read_text())
 

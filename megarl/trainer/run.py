@@ -231,7 +231,7 @@ class Run:
             for path in moved:
                 self.console.message(f"this run goes on from step {step}: a later checkpoint is now {path}")
             if moved and (self.directory / METRICS_FILE).is_file():
-                shutil.copyfile(self.directory / METRICS_FILE, checkpoints.free(self.directory / ASIDE_METRICS))
+                shutil.copyfile(self.directory / METRICS_FILE, checkpoints.unused_path(self.directory / ASIDE_METRICS))
         self.tracker.truncate(step)
         (self.directory / "config.yaml").write_text(to_yaml(self.config))
 

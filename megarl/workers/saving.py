@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from megarl.checkpoint import megatron as checkpoints
-from megarl.checkpoint.parts import Part
+from megarl.checkpoint.companions import Companion
 from megarl.config import RunConfig
 from megarl.workers.rank import Rank
 
@@ -32,7 +32,7 @@ class SavingRank(Rank):
             self.config,
             hf_dir=self.hf_dir,
             async_save=self.config.checkpoint.async_save,
-            parts=self._parts(),
+            companions=self._companions(),
         )
 
     def finish_saving(self) -> None:
@@ -47,20 +47,20 @@ class SavingRank(Rank):
     def load_checkpoint(self, path: str) -> dict[str, Any]:
         """Load what ``save_checkpoint`` saved, at any layout; what was saved beside it."""
         self._restore_all()
-        return checkpoints.load(path, self.model, self.optimizer, self.scheduler, self._parts())
+        return checkpoints.load(path, self.model, self.optimizer, self.scheduler, self._companions())
 
     def _restore_all(self) -> None:
         for offload in self._offloads():
             offload.restore("parameters", "optimizer", "reference")
 
-    def _parts(self) -> dict[str, Part]:
+    def _companions(self) -> dict[str, Companion]:
         """What is saved beside the policy."""
-        parts: dict[str, Part] = {}
+        companions: dict[str, Companion] = {}
         if self.critic is not None:
             trained = self.critic.trained
-            parts["critic"] = checkpoints.TrainedPart(trained.model, trained.optimizer, trained.scheduler)
+            companions["critic"] = checkpoints.TrainedModel(trained.model, trained.optimizer, trained.scheduler)
         if self.moving_reference is not None:
-            parts["reference"] = self.moving_reference
+            companions["reference"] = self.moving_reference
         if self.ema is not None:
-            parts["ema"] = self.ema
-        return parts
+            companions["ema"] = self.ema
+        return companions

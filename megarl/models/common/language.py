@@ -6,7 +6,6 @@ cut their matrices; everything else is a number in ``config.json``.
 
 from __future__ import annotations
 
-from collections.abc import Mapping as Rows
 from typing import Any
 
 import torch.nn.functional as F
@@ -20,7 +19,7 @@ from megarl.models.common.transformer_config import transformer_config
 from megarl.models.mapping import QKV, ExpertMatrices, FusedGatedMLP, FusedQKV, GatedMLP, Mapping, Vocab
 
 
-def check_divisible(values: Rows[str, int], key: str, size: int) -> None:
+def check_divisible(values: dict[str, int], key: str, size: int) -> None:
     """Raise ``ValueError`` that names the first of ``values`` that ``size``, the value of ``key``, does not divide."""
     for name, value in values.items():
         if value % size:
