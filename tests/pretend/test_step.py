@@ -22,7 +22,7 @@ TILED = {"llava_next": "next", "llava_onevision": "onevision"}  # kinds of tests
 FAMILIES = ["qwen2_vl", "qwen2_5_vl", "qwen3_vl", "qwen3_vl_moe", "llava", *TILED, "qwen3"]
 DENSE = [family for family in FAMILIES if family != "qwen3_vl_moe"]  # the router's kernels are not stood in for
 VARLEN = ["qwen2_5_vl", "qwen3_vl_moe"]  # the others take the same kernel in Transformer Engine's specification
-OVERRIDES = ["trainer.max_tokens_per_microbatch=256"]
+OVERRIDES = ["trainer.max_tokens_per_microbatch=256", "optimizer.eps=1e-8"]  # Adam as runs have it
 BFLOAT16 = [*OVERRIDES, "model.dtype=bfloat16"]
 TE = [*BFLOAT16, "model.transformer_impl=transformer_engine"]
 MAX_WAITS = 4  # of the host for the device in a forward pass: fewer than layers, so that one in each is seen
