@@ -26,15 +26,17 @@ VPP2 = {"virtual_pipeline_model_parallel_size": 2}
 LAYOUTS = {  # name -> ranks, layout: for models of two layers
     "tp1": (1, layout()),
     "tp2": (2, layout(tp=2)),
-    "tp3_sp": (3, layout(tp=3, **SP)),
-    "tp4": (4, layout(tp=4)),
-    "tp4_sp": (4, layout(tp=4, **SP)),
     "tp2_sp": (2, layout(tp=2, **SP)),
     "pp2": (2, layout(pp=2)),
     "tp2_pp2": (4, layout(tp=2, pp=2)),
     "tp2_sp_pp2": (4, layout(tp=2, pp=2, **SP)),
     "dp2": (2, layout()),
     "tp2_dp2": (4, layout(tp=2, **SP)),
+}
+WIDE_LAYOUTS = {  # for models with heads for them
+    "tp3_sp": (3, layout(tp=3, **SP)),
+    "tp4": (4, layout(tp=4)),
+    "tp4_sp": (4, layout(tp=4, **SP)),
 }
 DEEP_LAYOUTS = {  # for models of four layers and as many key-value groups
     "cp2": (2, layout(**CP2)),
@@ -68,7 +70,7 @@ EXPERT_LAYOUTS = {  # for models of four layers with experts
     "ep2_cp2_pp2": (4, layout(pp=2, **CP2, **EP2, cp_comm_type="p2p")),
     "ep2_tp2_sp_pp2_vpp2": (4, layout(tp=2, pp=2, **SP, **VPP2, **EP2)),
 }
-ALL_LAYOUTS = LAYOUTS | DEEP_LAYOUTS | SHARED_LAYOUTS | EXPERT_LAYOUTS
+ALL_LAYOUTS = LAYOUTS | WIDE_LAYOUTS | DEEP_LAYOUTS | SHARED_LAYOUTS | EXPERT_LAYOUTS
 MICROBATCHES = [[0], [1, 4, 2], [3], [5, 6]]  # text alone, text beside images, several images
 
 

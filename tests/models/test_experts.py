@@ -84,7 +84,7 @@ def test_which_layers_have_experts(changes, expected):
             {},
             "num_experts_per_tok=9 must lie above 1, or the router learns nothing, and",
         ),
-        ({"norm_topk_prob": False}, {}, "norm_topk_prob=False is not supported"),
+        ({"norm_topk_prob": False}, {}, "norm_topk_prob=False: in transformers the chosen"),
         ({"num_experts": 0}, EP2, "parallel.expert_model_parallel_size=2: this model has no experts"),
     ],
 )

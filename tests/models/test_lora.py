@@ -11,7 +11,7 @@ import torch
 from megarl.config import LoraConfig, ModelConfig, OptimizerConfig, ParallelConfig, RunConfig
 from tests.models.families import FAMILIES
 from tests.models.llava import Llava
-from tests.models.parity import LAYOUTS, MICROBATCHES, assert_near, check_logits
+from tests.models.parity import ALL_LAYOUTS, MICROBATCHES, assert_near, check_logits
 from tests.models.peft_reference import PeftReference, peft_reference
 from tests.models.reference import Batch, pack
 from tests.models.text import Text
@@ -122,7 +122,7 @@ def joined(results: list[dict]) -> dict[str, torch.Tensor]:
 
 
 def run(pool, ref: PeftReference, layout: str, **model: Any) -> list[dict]:
-    world_size, parallel = LAYOUTS[layout]
+    world_size, parallel = ALL_LAYOUTS[layout]
     batches = [pack(ref, indices, multiple=parallel.tensor_model_parallel_size) for indices in MICROBATCHES]
     return pool.run(train, world_size, ref, run_config(ref, parallel, **model), batches)
 

@@ -13,7 +13,7 @@ from megarl.config import ModelConfig, ParallelConfig
 from megarl.families import family_of
 from megarl.models.common.vision import VisionInputs, interpolated_positions
 from tests.models.families import FAMILIES
-from tests.models.parity import LAYOUTS, MICROBATCHES, assert_near, check_logits, joined, packed, run, train
+from tests.models.parity import ALL_LAYOUTS, MICROBATCHES, assert_near, check_logits, joined, packed, run, train
 from tests.models.reference import pack, reference
 
 from transformers.vision_utils import get_vision_bilinear_indices_and_weights  # isort: skip  after torchvision_cpu
@@ -44,7 +44,7 @@ def test_packing_and_order_change_nothing(pool, references, layout, microbatches
 @pytest.mark.parametrize("layout", ["dp2", "tp2_dp2"])
 def test_reduce_scattered_gradients_give_the_same_step(pool, references, layout):
     ref = references("gqa4_untied")
-    world_size, parallel = LAYOUTS[layout]
+    world_size, parallel = ALL_LAYOUTS[layout]
     batches = packed(ref, MICROBATCHES, parallel)
     results = pool.run(train, world_size, ref.directory, parallel, ModelConfig(), batches, False)
     assert_near(joined(results, "updated", ref.directory), ref.updated)
