@@ -26,7 +26,7 @@ def probe(hf: PretrainedConfig) -> Probe:
     for frames, height, width in sizes[:2]:
         parts += [_shown(start, hf.image_token_id, frames * height * width, end), words[8:12]]
     frames, height, width = sizes[2]
-    if hf.model_type.startswith("qwen3"):  # each frame has a time and brackets of its own
+    if hf.model_type in ("qwen3_vl", "qwen3_vl_moe"):  # each frame has a time and brackets of its own
         for _ in range(frames):
             parts += [words[12:15], _shown(start, hf.video_token_id, height * width, end)]
     else:
