@@ -51,7 +51,7 @@ class Media:
         return int(self.grids.prod(axis=1).sum())
 
     def without_files(self) -> Media:
-        """For who needs to know of them what they are, and gets what becomes of them from others."""
+        """For a rank that needs their shapes alone, because another rank decodes them and sends the pixels."""
         return replace(self, images=[b""] * len(self.images))
 
     def select(self, indices: Sequence[int]) -> Media:

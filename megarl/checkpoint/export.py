@@ -137,7 +137,7 @@ def export_to_all_stages(
 
 
 def _describe(header: list[Any] | None, source: int, group: dist.ProcessGroup) -> list[Any] | None:
-    """What ``source`` says of its next bucket, None after its last; all ranks of ``group`` call it."""
+    """Names and shapes of the next bucket of ``source``; None after the last. All ranks of ``group`` call it."""
     said = [header]
     dist.broadcast_object_list(said, src=source, group=group)
     return said[0]

@@ -99,10 +99,6 @@ class Handle:
         except BaseException as error:  # raised again by wait(), in the thread that trains
             self._error = error
 
-    def done(self) -> bool:
-        """Whether the checkpoint is complete, or has failed."""
-        return self._thread is None or not self._thread.is_alive()
-
     def wait(self) -> None:
         """Return when the checkpoint is complete on all ranks; raise what kept it from being so."""
         if self._thread is None:

@@ -177,7 +177,7 @@ def with_settings(state: dict[str, Any], optimizer: MegatronOptimizer) -> None:
 
 @contextmanager
 def held_ranges(optimizer: MegatronOptimizer) -> Iterator[None]:
-    """While it lasts, what ``optimizer`` says and takes of its sharded state is what this rank holds."""
+    """Within this context ``optimizer`` saves and loads the range of its state that this rank holds, and no more."""
     chained = optimizer.chained_optimizers if isinstance(optimizer, ChainedOptimizer) else [optimizer]
     distributed = [part for part in chained if isinstance(part, DistributedOptimizer)]
     for part in distributed:

@@ -150,7 +150,7 @@ def _result_from_json(row: list[Any]) -> WriteResult:
 
 @dataclass
 class Report:
-    """What one rank tells rank 0: where its tensors lie and the hashes of its files, or why it failed."""
+    """A rank's report to rank 0: the places of its tensors and the hashes of its files, or the reason of a failure."""
 
     results: list[WriteResult] = field(default_factory=list)
     sha256: dict[str, str] = field(default_factory=dict)  # path in the checkpoint -> hash

@@ -227,7 +227,7 @@ class Row:
 
 @lru_cache(maxsize=64)
 def _slip(keys: tuple[str, ...], known: tuple[str, ...]) -> tuple[str, str] | None:
-    """The first of ``keys`` that is almost a ``known`` one that is missing, and that one."""
+    """A likely slip of the pen: the first of ``keys`` that nearly spells a missing ``known`` key, and that key."""
     missing = [key for key in known if key not in keys]
     for key in keys:
         for near in difflib.get_close_matches(key, missing, n=1, cutoff=0.8):

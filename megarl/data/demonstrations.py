@@ -47,7 +47,7 @@ def num_segments(text: str, most: int) -> int:
 
 
 def hint_of(answer: Demonstration, share: float, processor: Processor, *, segments: int, longest: int) -> Demonstration:
-    """The beginning of an ``answer``, never its end: that share of its tokens, at most ``longest`` of them.
+    """A hint: the first ``share`` of an ``answer``'s tokens, at most ``longest``, without the one that ends it.
 
     With ``segments`` that share of its at most so many segments, whole pieces each.
     """

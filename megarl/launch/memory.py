@@ -399,7 +399,7 @@ def engine_memory_fraction(config: RunConfig, hf_config: PretrainedConfig, gpu_b
 
 
 def residue(config: RunConfig, hf_config: PretrainedConfig) -> int:
-    """Bytes that a rank keeps on its GPU while engines generate, beside what libraries hold."""
+    """Bytes of a rank that stay on its GPU while engines generate, without CUDA's and NCCL's own."""
     model = sizes(hf_config)
     stages = range(config.parallel.pipeline_model_parallel_size)
     away = set(config.trainer.offload)

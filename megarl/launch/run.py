@@ -69,7 +69,7 @@ def _fit(trainer_class: type[RLTrainer] | type[SFTTrainer], config: RunConfig) -
 
 @contextmanager
 def _placed(config: RunConfig, run: Run, *, engines: bool = True) -> Iterator[tuple[RunConfig, Placement]]:
-    """``placed`` and what follows from it; refuses what does not fit, and tells the run what was decided."""
+    """Place ranks and engines, decide what depends on the device, and refuse a run that does not fit."""
     with placed(config, engines=engines) as (decided, placement):
         run.config = _for_device(decided, placement, engines=engines)
         check(run.config)

@@ -133,7 +133,7 @@ def heads_to_tokens(tensor: Tensor, group: dist.ProcessGroup) -> Tensor:
 
 
 def collect(values: Tensor, places: Tensor, size: int, group: dist.ProcessGroup) -> Tensor:
-    """All ``size`` values, of which every rank of ``group`` has those that belong at its ``places``."""
+    """All ``size`` values of a microbatch. Each rank of ``group`` gives its own and their ``places`` there."""
     whole = values.new_zeros(size)
     whole[places] = values
     dist.all_reduce(whole, group=group)

@@ -177,7 +177,7 @@ class RewardRunner:
             raise RewardError(task, "", path, process.problem, trace)
 
     def _restart(self) -> _Process:
-        """A new process; one that does not get ready fails what is sent to it, with its reason."""
+        """Start a new process. If it does not get ready, every call that is sent to it fails with the reason."""
         process = self._start()
         with contextlib.suppress(RewardError):
             self._await_ready(process)
@@ -245,7 +245,7 @@ class RewardRunner:
         )
 
     def _blame(self, process: _Process, problem: str) -> None:
-        """Fail the one call that was running, or run the suspects again one by one; requeue the others."""
+        """Find the call that ended a process: fail the only one that ran, or run several again one by one."""
         jobs = list(process.pending.values())
         together = jobs[0].call.task in process.asynchronous and len(jobs) > 1
         if not together:

@@ -94,7 +94,7 @@ _PAUSED_S = 1e-3  # between looks of a paused engine: SGLang's loop would take t
 
 
 class RolloutScheduler(scheduler.Scheduler):
-    """A scheduler that can forget what it computed with old weights while requests wait to go on with new ones."""
+    """A scheduler that drops its KV cache between two versions of the weights, while requests wait."""
 
     def ingest_requests(self) -> list[Any]:
         received = super().ingest_requests()

@@ -35,7 +35,7 @@ class PipelinedTrainer(RLTrainer):
         self.ahead: dict[int, Future[Rollout]] = {}  # by step
 
     def generate(self, step: int) -> Rollout:
-        """The samples that ``step`` is trained on; those of the steps after it are begun."""
+        """The samples of ``step``. The rollouts of the next steps are started."""
         self._begin(step)
         with self.run.timer("wait_gen"):
             self._wait_for([self.ahead[step]])

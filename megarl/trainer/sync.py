@@ -68,7 +68,7 @@ class WeightSync:
         return metrics
 
     def resend(self, engines: dict[int, ActorHandle], version: int) -> None:
-        """Give engines that were restarted, by their index, what the ranks hold, which is ``version``."""
+        """Send the ranks' weights, of ``version``, to restarted engines, which their index names."""
         self._deliver(engines, version)
 
     def _deliver(self, engines: dict[int, ActorHandle], version: int) -> tuple[dict[str, str], dict[str, float]]:

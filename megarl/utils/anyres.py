@@ -14,7 +14,7 @@ Size = tuple[int, int]
 
 
 def best_resolution(size: Size, resolutions: Sequence[Sequence[int]]) -> Size:
-    """Of ``resolutions`` the one that keeps most of an image of ``size``, and of those the one that wastes least."""
+    """The resolution that keeps most pixels of an image of ``size``; among equals, the one with the least padding."""
     height, width = size
     best, most, least = (0, 0), 0, math.inf
     for rows, columns in resolutions:

@@ -6,7 +6,7 @@ class RunFailure(RuntimeError):
 
 
 class EngineRefused(RunFailure):
-    """An engine that lives did not take the weights that it was sent, and holds half of them."""
+    """A living engine refused the weights that it was sent, and now holds some of them."""
 
 
 def death_of(error: Exception) -> str:

@@ -52,7 +52,7 @@ class Offload:
         self.restored = 0  # bytes
 
     def release(self, parts: Sequence[str]) -> int:
-        """Free those of ``parts`` that are here; how many bytes of the device that gave.
+        """Move ``parts`` off the device, unless they are away already; returns the freed bytes.
 
         ``parts``: of optimizer, gradients, parameters, reference.
         """
@@ -70,7 +70,7 @@ class Offload:
         return freed
 
     def restore(self, *parts: str) -> None:
-        """Bring back those of ``parts`` that are away."""
+        """Bring ``parts`` back to the device, unless they are there already."""
         if not any(part in self.parked for part in parts):
             return
         start = time.perf_counter()

@@ -64,7 +64,7 @@ class Trained:
     scheduler: OptimizerParamScheduler
 
     def begin(self) -> None:
-        """Give the optimizer what it has before its first step, so that a checkpoint of a model that waits has it."""
+        """Initialise the optimizer's state before its first step: a checkpoint of a model that waits needs one."""
         for part in self.optimizer.chained_optimizers:
             if part.optimizer is None or part.init_state_fn is None:  # none with optimizer_cpu_offload
                 continue

@@ -13,7 +13,7 @@ from megarl.models.common.language_model import LanguageModel
 
 
 class InterleavedModel(MegatronModule):
-    """What reads a model's parameters takes it for a stage; a schedule runs its ``chunks``, first to last."""
+    """A rank's several pieces of the model. Who reads parameters sees one model; a schedule runs the ``chunks``."""
 
     def __init__(self, chunks: Sequence[LanguageModel]) -> None:
         first, last = chunks[0], chunks[-1]

@@ -93,7 +93,7 @@ def _fields() -> dict[str, Any]:
 
 
 def _check(key: str, given: dict[str, Any], values: dict[str, Any]) -> None:
-    """Refuse what is unknown, and what is in ``REFUSED`` unless it says what is so anyway."""
+    """Refuse unknown fields, and those in ``REFUSED`` unless their value is the one in use anyway."""
     known = _fields()
     asked = [name for name, value in given.items() if name not in known or value != values.get(name, known[name])]
     check_passed_through(key, asked, known, REFUSED)

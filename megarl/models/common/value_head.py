@@ -13,7 +13,7 @@ from torch.autograd.function import FunctionCtx
 
 
 class _ShareOfGradient(torch.autograd.Function):
-    """The identity, whose gradient is a share of what arrives: the ranks that send one are summed behind it."""
+    """The identity; backward it divides the gradient, because the ranks' gradients are summed behind it."""
 
     @staticmethod
     def forward(ctx: FunctionCtx, tensor: Tensor, size: int) -> Tensor:

@@ -51,7 +51,7 @@ class LayerScale(nn.Module):
 
 
 class FeatureBlock(TransformerBlock):
-    """A transformer block that returns what its layers ``chosen`` put out (0: what went in)."""
+    """A transformer block that returns the outputs of the layers ``chosen``; 0 is the input of the first."""
 
     def forward(self, hidden: Tensor, sequences: Tensor, chosen: Collection[int]) -> dict[int, Tensor]:
         """hidden [T, 1, h] in ``sequences`` ([S + 1] int32 boundaries, on the host)."""
