@@ -149,11 +149,12 @@ def _timed(ledger: object, make: Callable, sizes: Sizes, name: str) -> object:
 
 def _worker(run: Run, config: object, build: object, ledger: object, sizes: Sizes) -> object:
     from megarl.workers.policy import PolicyWorker
+    from megarl.workers.token_action import TokenAction
 
     worker = PolicyWorker(config, 0)
     worker.device = torch.device("cuda", 0)
     banned = [32000] if "llava" in run.model else [151655, 151656]
-    worker.processor = SimpleNamespace(banned_token_ids=banned)
+    worker.kind = TokenAction(config, 0, SimpleNamespace(banned_token_ids=banned), worker.device)
     worker.model, worker.mappings = _timed(
         ledger, lambda: build.build_model(config, "", weights=False), sizes, "parameters"
     )
